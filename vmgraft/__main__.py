@@ -1,0 +1,5 @@
+"""``python -m vmgraft``."""
+
+from vmgraft.cli import main
+
+main()

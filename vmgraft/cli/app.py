@@ -1,0 +1,121 @@
+"""The command group: a table of commands that are imported only when they run."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from typing import Any, Final, NoReturn
+
+import click
+
+from vmgraft import __version__
+from vmgraft.cli import exitcodes
+
+#: name → (module under vmgraft.cli.commands, attribute, line for the overview). Static, so that ``--help`` is quick.
+COMMANDS: Final[dict[str, tuple[str, str, str]]] = {
+    "demo": ("demo", "demo", "Show the whole journey on small images made on the spot."),
+    "doctor": ("doctor", "doctor", "Say what this machine can do: engines, sandbox, packages."),
+    "new": ("vendor", "new", "Start an extension: manifest, C source, Makefile, README."),
+    "keygen": ("keys", "keygen", "Make a signing key."),
+    "attach": ("vendor", "attach", "Sign extensions and graft them into an image."),
+    "detach": ("vendor", "detach", "Take the graft away and give the original file back."),
+    "list": ("audit", "list_", "List the extensions in an image (nothing verified)."),
+    "inspect": ("audit", "inspect", "Show everything an image carries (nothing verified)."),
+    "extract": ("audit", "extract", "Write a part of the graft to a file."),
+    "digest": ("audit", "digest", "Print the digests of the guest content."),
+    "diff": ("audit", "diff", "Show where the guest contents of two images differ."),
+    "policy": ("policy", "policy", "Make and check trust policies."),
+    "verify": ("audit", "verify", "Check an image against a trust policy."),
+    "export": ("audit", "export", "Write the signatures in forms that other tools verify."),
+    "run": ("run", "run", "Verify an image and boot it."),
+    "check-log": ("run", "check_log", "Check the hash chain of an audit log."),
+}
+
+
+class LazyGroup(click.Group):
+    """A group whose commands are imported on use."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Return the names in the order of a user's journey."""
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """Import the module that holds the command."""
+        if cmd_name not in COMMANDS:
+            return None
+        module, attribute, _ = COMMANDS[cmd_name]
+        command: click.Command = getattr(importlib.import_module(f"vmgraft.cli.commands.{module}"), attribute)
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the overview from the table, importing nothing."""
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, line) for name, (_, _, line) in COMMANDS.items()])
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """Suggest the nearest name for a mistyped command."""
+        try:
+            return super().resolve_command(ctx, args)
+        except click.UsageError as error:
+            import difflib
+
+            near = difflib.get_close_matches(args[0], COMMANDS, 1)
+            if not near:
+                raise
+            raise click.UsageError(f"{error.message} Did you mean '{near[0]}'?", ctx) from error
+
+
+@click.command(
+    cls=LazyGroup,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
+    epilog='Example: vmgraft demo    Shell completion: eval "$(_VMGRAFT_COMPLETE=bash_source vmgraft)"',
+)
+@click.version_option(__version__, "-V", "--version", prog_name="vmgraft")
+@click.option("--color", type=click.Choice(["auto", "always", "never"]), default="auto", help="Default: auto.")
+@click.pass_context
+def cli(ctx: click.Context, color: str) -> None:
+    """Graft signed extensions into VM images, audit them, and boot what a policy trusts."""
+    ctx.color = {"always": True, "never": False}.get(color)
+    if ctx.color is None and os.environ.get("NO_COLOR"):
+        ctx.color = False
+
+
+def run(argv: list[str] | None = None) -> NoReturn:
+    """Run the program and exit with the documented code; never shows a traceback for a known error."""
+    from vmgraft.errors import VmgraftError
+
+    args = sys.argv[1:] if argv is None else argv
+    as_json = "--json" in args
+    try:
+        result: Any = cli.main(args, prog_name="vmgraft", standalone_mode=False)
+    except (click.exceptions.Abort, KeyboardInterrupt):
+        from vmgraft.cli.output import report_interrupt
+
+        code = report_interrupt(as_json)
+    except click.ClickException as error:
+        code = _usage(error, as_json)
+    except VmgraftError as error:
+        from vmgraft.cli.output import report_error
+
+        code = report_error(error, as_json)
+    except BrokenPipeError:
+        # The reader went away (`vmgraft inspect | head`): end as other programs do, without a message.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 128 + 13
+    else:
+        code = result if isinstance(result, int) else exitcodes.OK
+    sys.exit(code)
+
+
+def _usage(error: click.ClickException, as_json: bool) -> int:
+    """Report a wrong command line: click's own words for people, our object for programs."""
+    from vmgraft.cli.output import report_error
+    from vmgraft.errors import UsageError
+
+    if as_json:
+        return report_error(UsageError(error.format_message()), as_json=True)
+    error.show()
+    return exitcodes.USAGE

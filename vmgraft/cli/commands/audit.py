@@ -1,0 +1,161 @@
+"""``vmgraft list``, ``inspect``, ``extract``, ``digest``, ``diff``, ``verify``, ``export``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from vmgraft.cli.options import FILE, image_argument, json_option, policy_option, quiet_option, root_option
+
+
+@click.command("list", epilog="Example: vmgraft list disk.qcow2")
+@image_argument
+@root_option
+@json_option
+def list_(image: Path, root: Path | None, as_json: bool) -> None:
+    """List the extensions in an image; nothing is verified."""
+    from vmgraft.cli.output import emit_ok
+    from vmgraft.cli.views import show_list
+    from vmgraft.inspect.report import list_extensions
+
+    listing = list_extensions(image, root=root)
+    if as_json:
+        emit_ok(listing)
+    else:
+        show_list(listing)
+
+
+@click.command(epilog="Example: vmgraft inspect disk.qcow2")
+@image_argument
+@root_option
+@json_option
+def inspect(image: Path, root: Path | None, as_json: bool) -> None:
+    """Show everything an image carries. Trusts nothing: what the file claims is marked as unverified."""
+    from vmgraft.cli.output import emit_ok
+    from vmgraft.cli.views import show_inspection
+    from vmgraft.inspect.report import inspect_image
+
+    report = inspect_image(image, root=root)
+    if as_json:
+        emit_ok(report)
+    else:
+        show_inspection(report)
+
+
+@click.command(epilog="Example: vmgraft extract disk.qcow2 statement -o -")
+@image_argument
+@click.argument("part", type=click.Choice(["statement", "envelope", "manifest", "module", "record"]))
+@click.option("--extension", help="Which extension's manifest or module.")
+@click.option("-o", "--output", type=click.Path(path_type=Path, allow_dash=True), default="-", show_default=True)
+@root_option
+def extract(image: Path, part: str, extension: str | None, output: Path, root: Path | None) -> None:
+    """Write a part of the graft as it is stored; nothing is verified."""
+    from vmgraft.cli.files import write_output
+    from vmgraft.inspect.extract import extract_part
+
+    write_output(output, extract_part(image, part, extension=extension, root=root), what=part)
+
+
+@click.command(epilog="Example: vmgraft digest disk.qcow2 --json")
+@image_argument
+@click.option("--flat-digest", type=click.Choice(["auto", "always", "never"]), default="auto", show_default=True)
+@root_option
+@quiet_option
+@json_option
+def digest(image: Path, flat_digest: str, root: Path | None, quiet: bool, as_json: bool) -> None:
+    """Print the digests of the guest content: the same for every container that holds it."""
+    from vmgraft.cli.output import emit_ok, human_size, progress_bar
+    from vmgraft.imagefmt.graft import open_image
+    from vmgraft.imagefmt.tree import digest_content
+
+    with open_image(image, root=root) as opened, progress_bar("digest", quiet=quiet or as_json) as bar:
+        result = digest_content(opened, flat=flat_digest, progress=bar)  # type: ignore[arg-type]  # a click.Choice
+    flat = None if result.flat is None else result.flat.hex()
+    if as_json:
+        tree = {
+            "digest": result.tree_digest.hex(),
+            "rootHash": result.root_hash.hex(),
+            "blockSize": result.block_size,
+        }
+        emit_ok({"virtualSize": result.virtual_size, "tree": tree, "sha256": flat})
+        return
+    click.echo(f"size         {result.virtual_size} ({human_size(result.virtual_size)})")
+    click.echo(f"tree digest  {result.tree_digest.hex()}")
+    click.echo(f"root hash    {result.root_hash.hex()}")
+    click.echo(f"sha256       {flat or 'not computed (--flat-digest always)'}")
+
+
+@click.command(epilog="Example: vmgraft diff golden.raw suspect.qcow2")
+@click.argument("a", type=FILE)
+@click.argument("b", type=FILE)
+@root_option
+@quiet_option
+@json_option
+def diff(a: Path, b: Path, root: Path | None, quiet: bool, as_json: bool) -> int:
+    """Show where the guest contents of A and B differ. Exit 0: identical, 12: different."""
+    from vmgraft.cli.exitcodes import exit_code
+    from vmgraft.cli.output import emit_json, human_size, progress_bar
+    from vmgraft.errors import ContentMismatchError
+    from vmgraft.imagefmt.graft import open_image
+    from vmgraft.inspect.diff import diff_images
+
+    with open_image(a, root=root) as left, open_image(b, root=root) as right:
+        with progress_bar("compare", quiet=quiet or as_json) as bar:
+            ranges = diff_images(left, right, bar)
+        sizes = (left.virtual_size, right.virtual_size)
+    code = exit_code(ContentMismatchError.code if ranges else None)
+    if as_json:
+        found = [item.to_dict() for item in ranges]
+        emit_json({"ok": not ranges, "exitCode": code, "identical": not ranges, "sizes": list(sizes), "ranges": found})
+        return code
+    for item in ranges:
+        where = f"  only in {a if item.only_in == 'a' else b}" if item.only_in else ""
+        click.echo(f"{item.start:#014x}-{item.end:#014x}  {human_size(item.end - item.start)}{where}")
+    total = sum(item.end - item.start for item in ranges)
+    click.echo(f"{len(ranges)} ranges, {human_size(total)} differ" if ranges else "identical")
+    return code
+
+
+@click.command(epilog="Example: vmgraft verify disk.qcow2 --policy policy.json")
+@image_argument
+@policy_option
+@root_option
+@quiet_option
+@json_option
+def verify(image: Path, policy_path: Path, root: Path | None, quiet: bool, as_json: bool) -> int:
+    """Check an image against a trust policy: signature, signers, content, payloads, freshness, capabilities."""
+    from vmgraft.cli.exitcodes import exit_code
+    from vmgraft.cli.output import emit_json, progress_bar
+    from vmgraft.cli.views import report_document, show_report
+    from vmgraft.inspect.verdict import verify_image
+
+    with progress_bar("verify", quiet=quiet or as_json) as bar:
+        report = verify_image(image, policy_path, root=root, progress=bar)
+    if as_json:
+        emit_json(report_document(report))
+    else:
+        show_report(report, image)
+    return exit_code(report.error)
+
+
+@click.command(epilog="Example: vmgraft export disk.qcow2 --format openssl --key acme.pub -o check/")
+@image_argument
+@click.option("--format", "form", type=click.Choice(["bundle", "openssl"]), required=True)
+@click.option("--key", "publics", type=FILE, multiple=True, help="Public key of a signer (for openssl); repeatable.")
+@click.option("-o", "--output", type=click.Path(path_type=Path, file_okay=False), required=True, help="Folder.")
+@root_option
+@json_option
+def export(image: Path, form: str, publics: tuple[Path, ...], output: Path, root: Path | None, as_json: bool) -> None:
+    """Write the signatures in forms that other tools verify: Sigstore bundles, or files for OpenSSL."""
+    from vmgraft.cli.output import emit_ok
+    from vmgraft.inspect.exports import export_image
+
+    files = export_image(image, form, output, publics, root=root)
+    if as_json:
+        emit_ok({"files": [str(path) for path in files]})
+        return
+    for path in files:
+        click.echo(f"wrote {path}")
+    if form == "openssl":
+        click.echo(f"check with: sh {output / 'verify.sh'}")

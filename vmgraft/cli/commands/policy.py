@@ -1,0 +1,58 @@
+"""``vmgraft policy``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from vmgraft.cli.options import DIRECTORY, FILE, json_option
+
+
+@click.group(epilog="Example: vmgraft policy init --trust acme.pub --grant-all-declared ./clock -o policy.json")
+def policy() -> None:
+    """Make and check trust policies."""
+
+
+@policy.command(epilog="Example: vmgraft policy init --trust acme.pub --grant-all-declared ./clock -o policy.json")
+@click.option("--trust", "publics", type=FILE, multiple=True, required=True, help="Public key to trust; repeatable.")
+@click.option("--minimum", type=click.IntRange(1, 16), default=1, show_default=True, help="Keys that must sign.")
+@click.option(
+    "--grant-all-declared", "folders", type=DIRECTORY, multiple=True,
+    help="Grant what the manifest in this extension folder declares; repeatable.",
+)  # fmt: skip
+@click.option("--name", default="default", show_default=True, help="Name of the policy.")
+@click.option("-o", "--output", type=click.Path(path_type=Path, allow_dash=True), required=True, help="File, or - .")
+def init(publics: tuple[Path, ...], minimum: int, folders: tuple[Path, ...], name: str, output: Path) -> None:
+    """Write a policy that trusts some keys and grants no more than what is named."""
+    from vmgraft.cli.files import write_output
+    from vmgraft.signing.keyfiles import load_public
+    from vmgraft.signing.manifest import parse_manifest
+    from vmgraft.signing.policytools import format_policy, init_policy, key_name
+    from vmgraft.vendor.pack import load_package
+
+    document = init_policy(
+        {key_name(path.stem): load_public(path) for path in publics},
+        [parse_manifest(load_package(folder).manifest) for folder in folders],
+        name=name,
+        minimum=minimum,
+    )
+    write_output(output, format_policy(document), what="policy")
+
+
+@policy.command(epilog="Example: vmgraft policy check policy.json")
+@click.argument("path", type=FILE)
+@json_option
+def check(path: Path, as_json: bool) -> None:
+    """Check a policy: is it valid, and does it say something it can never mean?"""
+    from vmgraft.cli.output import emit_ok
+    from vmgraft.signing.policy import load_policy
+    from vmgraft.signing.policytools import check_policy
+
+    findings = check_policy(load_policy(path))
+    if as_json:
+        emit_ok({"policy": str(path), "findings": findings})
+        return
+    for finding in findings:
+        click.echo(f"warning: {finding}")
+    click.echo(f"{path}: valid" + (f", {len(findings)} warnings" if findings else ""))

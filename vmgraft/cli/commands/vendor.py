@@ -1,0 +1,157 @@
+"""``vmgraft new``, ``attach``, ``detach``."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from pathlib import Path
+
+import click
+
+from vmgraft.cli.options import (
+    DIRECTORY,
+    FILE,
+    image_argument,
+    json_option,
+    passphrase_options,
+    quiet_option,
+    root_option,
+)
+
+
+@click.command(epilog="Example: vmgraft new ./my-clock --id com.acme.clock")
+@click.argument("folder", type=DIRECTORY)
+@click.option("--id", "extension_id", help="Id in reverse-domain form; default com.example.FOLDER.")
+@json_option
+def new(folder: Path, extension_id: str | None, as_json: bool) -> None:
+    """Start an extension: manifest.toml, C source, Makefile, README."""
+    from vmgraft.cli.output import emit_ok
+    from vmgraft.vendor.scaffold import new_extension
+
+    written = new_extension(folder, extension_id)
+    if as_json:
+        emit_ok({"files": [str(path) for path in written]})
+        return
+    for path in written:
+        click.echo(f"wrote {path}")
+    click.echo(f"next: make -C {folder}    (needs clang and lld)")
+
+
+@click.command(epilog="Example: vmgraft attach disk.qcow2 ./clock --key acme.key")
+@image_argument
+@click.argument("extensions", type=DIRECTORY, nargs=-1, required=True)
+@click.option("--key", "keys", multiple=True, required=True, help="Private key, path or file: URI; repeatable.")
+@click.option("-o", "--output", type=FILE, help="Write a grafted copy and leave IMAGE alone.")
+@click.option("--binding", type=click.Choice(["image", "any"]), default="image", show_default=True)
+@click.option("--placement", type=click.Choice(["auto", "inline", "sidecar"]), default="auto", show_default=True)
+@click.option("--flat-digest", type=click.Choice(["auto", "always", "never"]), default="auto", show_default=True)
+@click.option(
+    "--expires", type=click.DateTime(["%Y-%m-%dT%H:%M:%SZ", "%Y-%m-%d"]), help="End of validity, UTC (2027-11-22)."
+)
+@passphrase_options
+@root_option
+@quiet_option
+@json_option
+def attach(
+    image: Path,
+    extensions: tuple[Path, ...],
+    keys: tuple[str, ...],
+    output: Path | None,
+    binding: str,
+    placement: str,
+    flat_digest: str,
+    expires: datetime | None,
+    passphrase_file: Path | None,
+    passphrase_fd: int | None,
+    root: Path | None,
+    quiet: bool,
+    as_json: bool,
+) -> None:
+    """Sign the extensions in EXTENSIONS (folders) and graft them into IMAGE.
+
+    The guest's content stays as it is. What was written is read back and verified before the command succeeds.
+    """
+    from datetime import UTC
+
+    from vmgraft.cli.output import emit_ok, human_size, progress_bar
+    from vmgraft.cli.passphrase import existing_passphrase
+    from vmgraft.imagefmt.contract import Placement
+    from vmgraft.signing.keyfiles import load_private
+    from vmgraft.vendor.graft import AttachOptions
+    from vmgraft.vendor.graft import attach as graft
+    from vmgraft.vendor.pack import load_package
+
+    packages = [load_package(folder) for folder in extensions]
+    source = existing_passphrase(passphrase_file, passphrase_fd)
+    options = AttachOptions(
+        output=output,
+        binding=binding,
+        placement=Placement(placement),
+        flat=flat_digest,  # type: ignore[arg-type]  # click.Choice has narrowed it
+        expires=expires.replace(tzinfo=UTC) if expires else None,
+        root=root,
+    )
+    with progress_bar("digest", quiet=quiet or as_json) as progress:
+        done = graft(image, packages, [load_private(key, source) for key in keys], options, progress)
+    locator = done.located.locator
+    placed = locator.placement.value if locator else placement
+    size = locator.record_size if locator else 0
+    if as_json:
+        emit_ok(
+            {
+                "image": str(done.path),
+                "placement": placed,
+                "recordSize": size,
+                "statementSha256": done.statement_sha256,
+                "keyids": list(done.keyids),
+                "extensions": [{"id": package.id, "version": package.version} for package in packages],
+                "contentTree": done.content.tree_digest.hex(),
+            }
+        )
+        return
+    names = ", ".join(f"{package.id} {package.version}" for package in packages)
+    click.echo(f"attached  {names}")
+    click.echo(f"to        {done.path}  ({placed}, record of {human_size(size)})")
+    for keyid in done.keyids:
+        click.echo(f"signed    {keyid}")
+    click.echo(f"content   sha256 tree {done.content.tree_digest.hex()}, read back and verified")
+    _raw_recipes(done.path)
+
+
+def _raw_recipes(path: Path) -> None:
+    """Say how other programs open a raw image without its trailer."""
+    from vmgraft.imagefmt.contract import Placement
+    from vmgraft.imagefmt.graft import open_image
+
+    with open_image(path) as image:
+        located = image.locate()
+        if image.format_name != "raw" or located.locator is None or located.locator.placement is Placement.SIDECAR:
+            return
+        from vmgraft.imagefmt.raw.recipes import recipes
+
+        click.echo("To hide the trailer from other programs:")
+        for name, recipe in recipes(path, located.locator.file_size).items():
+            click.echo(f"  {name:8} {recipe}")
+
+
+@click.command(epilog="Example: vmgraft detach disk.qcow2")
+@image_argument
+@click.argument("ids", nargs=-1)
+@click.option("-o", "--output", type=FILE, help="Write the original here and leave IMAGE alone.")
+@root_option
+@json_option
+def detach(image: Path, ids: tuple[str, ...], output: Path | None, root: Path | None, as_json: bool) -> None:
+    """Take the graft away; the file is byte for byte what it was before.
+
+    IDs, if given, must name all extensions of the image: taking away some of them would need a new signature.
+    """
+    from vmgraft.cli.output import emit_ok
+    from vmgraft.vendor.graft import check_detach_ids
+    from vmgraft.vendor.graft import detach as take_away
+
+    if ids:
+        check_detach_ids(image, ids, root=root)
+    path = take_away(image, output=output, root=root)
+    if as_json:
+        emit_ok({"image": str(path)})
+        return
+    click.echo(f"detached  {path}")

@@ -1,0 +1,121 @@
+"""How reports look to people: trees and check lists. Text from a file is made printable, and marked as unverified."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Final
+
+import click
+
+from vmgraft.cli.exitcodes import exit_code
+from vmgraft.cli.output import human_size, printable
+from vmgraft.signing.contract import Check, Report, Status
+
+_MARKS: Final = {Status.PASS: ("ok", "green"), Status.FAIL: ("FAIL", "red"), Status.WARN: ("warn", "yellow"),
+                 Status.SKIP: ("skip", "bright_black")}  # fmt: skip
+#: Put before every line that only repeats what the file claims.
+UNVERIFIED: Final = "?"
+
+
+def report_document(report: Report) -> dict[str, Any]:
+    """Return the JSON object of ``verify`` and of a refused ``run``."""
+    document: dict[str, Any] = {
+        "ok": report.ok,
+        "exitCode": exit_code(report.error),
+        "checks": [check.to_dict() for check in report.checks],
+        "policy": report.policy,
+        "signers": list(report.signers),
+        "extensions": [
+            {"id": item.id, "version": item.version, "capabilities": list(item.capabilities)}
+            for item in report.extensions
+        ],
+        "warnings": list(report.warnings),
+    }
+    if not report.ok:
+        failed = deciding_check(report)
+        document["error"] = {
+            "code": report.error,
+            "message": failed.detail if failed else "refused",
+            "file": None,
+            "offset": None,
+            "field": failed.name if failed else None,
+            "hint": failed.hint if failed else None,
+        }
+    return document
+
+
+def deciding_check(report: Report) -> Check | None:
+    """Return the failed check that gave the exit code."""
+    return next((c for c in report.checks if c.status is Status.FAIL and c.error == report.error), None)
+
+
+def show_report(report: Report, image: Path) -> None:
+    """Print a verdict: one line a check, then one line for all."""
+    for check in report.checks:
+        mark, color = _MARKS[check.status]
+        click.echo(f"{click.style(f'{mark:>4}', fg=color)}  {check.name:<13} {printable(check.detail)}")
+    for warning in report.warnings:
+        click.echo(f"{click.style('warn', fg='yellow')}  {printable(warning)}")
+    if report.ok:
+        names = ", ".join(f"{item.id} {item.version}" for item in report.extensions) or "no extension"
+        click.echo(f"{click.style('trusted', fg='green', bold=True)}  {image}: {names} (policy {report.policy})")
+        return
+    click.echo(f"{click.style('refused', fg='red', bold=True)}  {image}: {report.error}")
+    failed = deciding_check(report)
+    if failed is not None and failed.hint:
+        click.echo(f"{click.style('hint:', fg='cyan')} {printable(failed.hint)}", err=True)
+
+
+def show_list(listing: dict[str, Any]) -> None:
+    """Print one line an extension."""
+    for entry in listing["unverified"]["extensions"]:
+        capabilities = ", ".join(entry.get("capabilities") or [])
+        click.echo(f"{UNVERIFIED} {_text(entry.get('id'))} {_text(entry.get('version'))}  [{printable(capabilities)}]")
+    click.echo(f"state: {listing['state']}, placement: {listing['placement']}. Nothing above is verified.", err=True)
+
+
+def show_inspection(report: dict[str, Any]) -> None:
+    """Print the tree of ``inspect``: measured facts plain, claims with a question mark."""
+    image, graft, claims = report["image"], report["graft"], report["unverified"]
+    click.echo(click.style(image["path"], bold=True))
+    click.echo(f"├─ format {image['format']}, guest size {image['virtualSize']} ({human_size(image['virtualSize'])}), "
+               f"file size {image['fileSize']}")  # fmt: skip
+    for item in image["backingChain"]:
+        click.echo(f"├─ backing file {printable(item)}")
+    click.echo(f"├─ room for an inline record: {image['room']['inline']} bytes ({image['room']['reason']})")
+    click.echo("├─ container")
+    _branch(claims["container"], "│  ")
+    placed = f", {graft['placement']}, record of {graft['recordSize']} bytes" if "placement" in graft else ""
+    click.echo(f"└─ graft: {graft['state']}{placed}" + (f" ({printable(graft['detail'])})" if graft["detail"] else ""))
+    for name in ("formatProblem", "sections", "envelopes", "manifests", "hints"):
+        if claims.get(name):
+            click.echo(f"   ├─ {name}")
+            _branch(claims[name], "   │  ")
+    click.echo(f"Lines with {UNVERIFIED} repeat what the file claims; `vmgraft verify` decides.", err=True)
+
+
+def _branch(value: Any, indent: str) -> None:
+    """Print nested claims, one a line."""
+    if isinstance(value, dict):
+        for key, item in value.items():
+            _leaf(f"{_text(key)}", item, indent)
+    elif isinstance(value, list):
+        for number, item in enumerate(value):
+            _leaf(f"[{number}]", item, indent)
+    else:
+        click.echo(f"{indent}{UNVERIFIED} {_text(value)}")
+
+
+def _leaf(label: str, item: Any, indent: str) -> None:
+    """Print a claim, or a label with its claims below."""
+    if isinstance(item, (dict, list)) and item:
+        click.echo(f"{indent}{UNVERIFIED} {label}")
+        _branch(item, indent + "  ")
+    else:
+        click.echo(f"{indent}{UNVERIFIED} {label}: {_text(item)}")
+
+
+def _text(value: Any) -> str:
+    """Return untrusted text for one line of a terminal, cut to a sane length."""
+    text = printable(str(value)).replace("\n", "\\n")
+    return text if len(text) <= 160 else text[:157] + "..."

@@ -1,0 +1,1 @@
+"""``vmgraft demo``: the whole journey on small images made on the spot, with the very program a user calls."""

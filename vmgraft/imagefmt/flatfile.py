@@ -1,0 +1,127 @@
+"""A file read by offset through one descriptor: what raw and ISO images, and probing, stand on."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+
+from vmgraft.errors import FileError
+from vmgraft.imagefmt import locks
+from vmgraft.imagefmt.commit import Writer
+from vmgraft.imagefmt.contract import Extent, Kind
+
+
+class FlatFile:
+    """An open regular file or block device. Offsets and sizes in bytes; safe to read from several threads.
+
+    Args:
+        path: The file.
+        writable: Open for reading and writing, and take QEMU-compatible locks until :meth:`close`.
+
+    Raises:
+        FileError: when it cannot be opened, or is neither a regular file nor a block device.
+        ImageInUseError: when it is to be written and another process has it open.
+    """
+
+    def __init__(self, path: Path, *, writable: bool = False) -> None:
+        self.path = path
+        self.writable = writable
+        flags = (os.O_RDWR if writable else os.O_RDONLY) | os.O_CLOEXEC | os.O_NONBLOCK
+        try:
+            self.fd = os.open(path, flags)
+        except OSError as problem:
+            raise FileError(f"the file cannot be opened: {problem.strerror}", file=path) from problem
+        try:
+            self.is_block_device = self._check_type()
+            if writable:
+                locks.acquire(self.fd, file=path)
+            self.size = self.current_size()
+        except BaseException:
+            os.close(self.fd)
+            raise
+
+    def _check_type(self) -> bool:
+        mode = os.fstat(self.fd).st_mode
+        if not stat.S_ISREG(mode) and not stat.S_ISBLK(mode):
+            raise FileError("neither a regular file nor a block device", file=self.path)
+        return stat.S_ISBLK(mode)
+
+    def current_size(self) -> int:
+        """Return the file's size as it is now; ``size`` keeps what it was when opened."""
+        return os.lseek(self.fd, 0, os.SEEK_END)
+
+    def writer(self) -> Writer:
+        """Return a crash-safe writer on the same descriptor.
+
+        Raises:
+            FileError: when the file was opened read-only.
+        """
+        if not self.writable:
+            raise FileError("the image was opened read-only", file=self.path)
+        return Writer(self.fd, file=self.path)
+
+    def readinto(self, offset: int, buffer: memoryview) -> int:
+        """Fill ``buffer`` from ``offset`` on and return the number of bytes, short only at the end of the file.
+
+        Raises:
+            FileError: when the system cannot read it.
+        """
+        done = 0
+        try:
+            while done < len(buffer):
+                count = os.preadv(self.fd, [buffer[done:]], offset + done)
+                if count == 0:
+                    break
+                done += count
+        except OSError as problem:
+            message = f"the file cannot be read: {problem.strerror}"
+            raise FileError(message, file=self.path, offset=offset + done) from problem
+        return done
+
+    def read(self, offset: int, length: int) -> bytes:
+        """Return up to ``length`` bytes, short only at the end of the file.
+
+        Raises:
+            FileError: when the system cannot read it.
+        """
+        # Never allocate more than the file can fill.
+        length = max(0, min(length, self.size - offset))
+        buffer = bytearray(length)
+        count = self.readinto(offset, memoryview(buffer))
+        return bytes(buffer[:count])
+
+    def extents(self, end: int) -> Iterator[Extent]:
+        """Yield data and hole runs of the first ``end`` bytes, without gaps."""
+        return self.extents_from(0, end)
+
+    def extents_from(self, start: int, end: int) -> Iterator[Extent]:
+        """Yield data and hole runs between ``start`` and ``end``, without gaps."""
+        position = start
+        while position < end:
+            data = self._seek(position, os.SEEK_DATA, end)
+            if data > position:
+                yield Extent(position, data - position, Kind.HOLE)
+            if data >= end:
+                return
+            position = self._seek(data, os.SEEK_HOLE, end)
+            yield Extent(data, position - data, Kind.DATA)
+
+    def _seek(self, offset: int, whence: int, end: int) -> int:
+        """Return where the next data or hole begins, at most ``end``."""
+        try:
+            return min(os.lseek(self.fd, offset, whence), end)
+        except OSError as problem:
+            if problem.errno == errno.ENXIO:  # nothing of that sort behind offset
+                return end
+            if problem.errno == errno.EINVAL:  # the file system or device does not tell: all of it is data
+                return offset if whence == os.SEEK_DATA else end
+            raise FileError(f"the file cannot be read: {problem.strerror}", file=self.path, offset=offset) from problem
+
+    def close(self) -> None:
+        """Close the descriptor, and with it give up the locks; closing twice is fine."""
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1

@@ -1,0 +1,315 @@
+"""The facade of this room: open an image, read its graft, attach one, detach it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from hashlib import sha256
+from pathlib import Path
+
+from vmgraft.errors import FileError, GraftFormatError, NoGraftError, PayloadMismatchError, UsageError
+from vmgraft.imagefmt.contract import (
+    ContentDigest,
+    GraftState,
+    Image,
+    Located,
+    OpenOptions,
+    Placement,
+    Progress,
+    Undo,
+)
+from vmgraft.imagefmt.record import Record, Section, SectionKind, StoredSection, build_record, parse_record
+from vmgraft.imagefmt.registry import detect
+from vmgraft.imagefmt.tree import ContentTree, digest_with_tree
+from vmgraft.imagefmt.undo import pack_undo
+
+#: Sections whose bytes a signature speaks about: damage there is the verifier's to report.
+_SIGNED_KINDS = (SectionKind.ENVELOPE, SectionKind.MANIFEST, SectionKind.MODULE, SectionKind.FILES)
+_PAYLOAD_KINDS = (SectionKind.MANIFEST, SectionKind.MODULE, SectionKind.FILES)
+#: States in which a new graft may be written.
+_FREE = (GraftState.NONE, GraftState.ORPHANED)
+
+
+def open_image(path: str | Path, *, root: str | Path | None = None, writable: bool = False) -> Image:
+    """Open a disk image of any registered format.
+
+    Symbolic links are resolved first, so a sidecar always lies beside the file itself.
+
+    Args:
+        path: The image.
+        root: Folder that backing files must lie in; the image's own folder when ``None``.
+        writable: Open for attach or detach, and take QEMU-compatible locks.
+
+    Raises:
+        FileError: when it cannot be opened, is malformed, unsupported or in use.
+    """
+    real = _resolve(Path(path))
+    options = OpenOptions(writable=writable, root=None if root is None else _resolve(Path(root)))
+    return detect(real).open(real, options)
+
+
+class Graft:
+    """The graft of an open image, as found; nothing in it is trusted.
+
+    It is the evidence that ``signing`` verifies: ``format_problem``, ``envelopes``, ``payload`` and ``content``. The
+    image must stay open for as long as this object is used.
+
+    Attributes:
+        image: The image it was found in.
+        located: Its state and place.
+        record: The parsed record, or None when its header or table are not sound.
+        tree: The content tree, once ``content`` has been called.
+    """
+
+    def __init__(self, image: Image, *, progress: Progress | None = None) -> None:
+        self.image = image
+        self.located = image.locate()
+        self.record: Record | None = None
+        self.tree: ContentTree | None = None
+        self._progress = progress
+        self._content: ContentDigest | None = None
+        self._record_problem: str | None = None
+        self._parse()
+
+    def _parse(self) -> None:
+        data = self.located.record
+        if data is None:
+            self._record_problem = self.located.detail or "the record cannot be read"
+            return
+        locator = self.located.locator
+        offset = 0 if locator is None else locator.record_offset
+        try:
+            self.record = parse_record(data, file=self.image.path, offset=offset)
+        except GraftFormatError as problem:
+            self._record_problem = str(problem)
+
+    def format_problem(self) -> str | None:
+        """Say what is structurally wrong, or None.
+
+        Damage inside an envelope, manifest or module is left to the verifier, which can say more about it: the section
+        table's digests show that nothing else is affected.
+        """
+        if self.record is None:
+            return self._record_problem
+        damaged = self._damaged_sections()
+        for section, problem in damaged:
+            if section.kind not in _SIGNED_KINDS:
+                return problem
+        state = self.located.state
+        if state is GraftState.OK or (state is GraftState.OVERWRITTEN and damaged and self._explained(damaged)):
+            return None
+        return f"{state.value}: {self.located.detail or 'the graft is not intact'}"
+
+    def _damaged_sections(self) -> list[tuple[StoredSection, str]]:
+        """Return the sections that do not match the table, with the reason."""
+        found = []
+        known = [kind.value for kind in SectionKind]
+        for section in self.record.sections if self.record is not None else ():
+            if self.record is None or section.kind not in known:
+                continue
+            try:
+                self.record.raw(section)
+                if section.kind == SectionKind.UNDO:
+                    self.record.undo()
+            except GraftFormatError as problem:
+                found.append((section, str(problem)))
+        return found
+
+    def _explained(self, damaged: Sequence[tuple[StoredSection, str]]) -> bool:
+        """Return whether the damaged sections are all that keeps the record from matching the locator's digest.
+
+        Header and table are sound, and every other section matches the table; a record without UNDO was never ours.
+        """
+        record, locator = self.record, self.located.locator
+        if record is None or locator is None or len(record.data) != locator.record_size:
+            return False
+        return bool(record.of_kind(SectionKind.UNDO)) and all(item.kind in _SIGNED_KINDS for item, _ in damaged)
+
+    def envelopes(self) -> tuple[bytes, ...]:
+        """Return the stored DSSE envelopes, as found even when they do not match the table."""
+        if self.record is None:
+            return ()
+        found = []
+        for section in self.record.of_kind(SectionKind.ENVELOPE):
+            try:
+                found.append(self.record.raw(section))
+            except GraftFormatError:
+                found.append(self.record.stored(section))
+        return tuple(found)
+
+    def payload(self, sha256: str) -> bytes:
+        """Return the stored manifest or module with the given SHA-256 (lowercase hex).
+
+        Raises:
+            PayloadMismatchError: when nothing stored hashes to it.
+        """
+        record = self.record
+        problem = "no stored payload has this digest"
+        for section in record.of_kind(*_PAYLOAD_KINDS) if record is not None else ():
+            if record is None or section.raw_sha256.hex() != sha256:
+                continue
+            try:
+                return record.raw(section)
+            except GraftFormatError as error:
+                problem = error.message
+        raise PayloadMismatchError(f"{problem}: sha256:{sha256}", file=self.image.path, field="payload")
+
+    def content(self, flat: bool) -> ContentDigest:
+        """Read the guest content and return its digests; the result and the tree are kept.
+
+        Args:
+            flat: Whether the flat SHA-256 is wanted too.
+
+        Raises:
+            FileError: when the content cannot be read.
+        """
+        if self._content is None or (flat and self._content.flat is None):
+            self._content, self.tree = digest_with_tree(
+                self.image, flat="always" if flat else "never", progress=self._progress
+            )
+        return self._content
+
+    def manifests(self) -> tuple[bytes, ...]:
+        """Return the stored manifests, unverified; those that do not match the table are left out."""
+        return self._readable(SectionKind.MANIFEST)
+
+    def hints(self) -> bytes | None:
+        """Return the unsigned hints, or None."""
+        found = self._readable(SectionKind.HINTS)
+        return found[0] if found else None
+
+    def _readable(self, kind: SectionKind) -> tuple[bytes, ...]:
+        record = self.record
+        found = []
+        for section in record.of_kind(kind) if record is not None else ():
+            try:
+                found.append(record.raw(section) if record is not None else b"")
+            except GraftFormatError:
+                continue
+        return tuple(found)
+
+
+def open_graft(image: Image, *, progress: Progress | None = None) -> Graft:
+    """Return the graft of an open image, sound or not.
+
+    Raises:
+        NoGraftError: when it carries none.
+    """
+    located = image.locate()
+    if located.state is GraftState.NONE:
+        raise NoGraftError("the image carries no graft", file=image.path, hint="vmgraft attach puts one in")
+    if located.state is GraftState.ORPHANED:
+        raise NoGraftError(
+            f"the image carries no graft any more: {located.detail}",
+            file=image.path,
+            hint="another program dropped it, or attach or detach was interrupted: attach again, or detach to clean up",
+        )
+    return Graft(image, progress=progress)
+
+
+def attach_sections(
+    image_path: str | Path,
+    sections: Sequence[Section],
+    *,
+    placement: Placement = Placement.AUTO,
+    tree_digest: bytes,
+    root: str | Path | None = None,
+) -> Located:
+    """Build a record of ``sections`` and UNDO, write it, and read it back.
+
+    Args:
+        image_path: The image, which must not be in use and carry no graft.
+        sections: What the record is to hold, without UNDO.
+        placement: Where it goes; ``AUTO`` is inline where it fits, else a sidecar.
+        tree_digest: fs-verity digest of the content (32 bytes), kept in the locator as a hint.
+        root: Folder that backing files must lie in.
+
+    Returns:
+        The graft as found by a reader.
+
+    Raises:
+        UsageError: when the image carries a graft already, or a section is UNDO.
+        NoRoomError: when the record does not fit at that placement.
+        GraftFormatError: when the sections are over a limit of the format.
+        FileError: when the image cannot be written, or reads back differently.
+    """
+    if any(section.kind is SectionKind.UNDO for section in sections):
+        raise UsageError("the UNDO section is made by attach itself")
+    written: list[bytes] = []
+
+    def build(undo: Undo) -> bytes:
+        undo_section = Section(SectionKind.UNDO, pack_undo(undo), compress=True)
+        written.append(build_record([undo_section, *sections]))
+        return written[-1]
+
+    with open_image(image_path, root=root, writable=True) as image:
+        located = image.locate()
+        if located.state not in _FREE:
+            raise UsageError(
+                f"the image already carries a graft ({located.state.value})", file=image.path, hint="detach it first"
+            )
+        image.attach(build, placement, tree_digest)
+    with open_image(image_path, root=root) as image:
+        return _check_written(image, written[-1])
+
+
+def _check_written(image: Image, record: bytes) -> Located:
+    located = image.locate()
+    if located.state is not GraftState.OK or located.record != record:
+        raise FileError(
+            f"what was written reads back differently ({located.state.value}: {located.detail})",
+            file=image.path,
+            hint="check the disk; detach, then try again",
+        )
+    parsed = parse_record(record, file=image.path, offset=0)
+    for section in parsed.sections:
+        if sha256(parsed.raw(section)).digest() != section.raw_sha256:
+            raise FileError("a section reads back differently", file=image.path, field=section.name)
+    return located
+
+
+def detach_image(path: str | Path, *, root: str | Path | None = None) -> None:
+    """Take the graft away and give the original file back, byte for byte.
+
+    Raises:
+        NoGraftError: when there is none.
+        GraftFormatError: when what is needed for the way back is damaged.
+        UsageError: when bytes of somebody else would be lost.
+        FileError: when the image cannot be written, or is in use.
+    """
+    with open_image(path, root=root, writable=True) as image:
+        located = image.locate()
+        if located.state is GraftState.NONE:
+            raise NoGraftError("the image carries no graft", file=image.path)
+        image.detach(_find_undo(image, located))
+
+
+def _find_undo(image: Image, located: Located) -> Undo:
+    """Return UNDO from the record, or what the format can rebuild without it."""
+    problem = located.detail
+    if located.record is not None:
+        try:
+            return parse_record(located.record, file=image.path, offset=0).undo()
+        except GraftFormatError as error:
+            problem = str(error)
+    undo = image.recovery_undo()
+    if undo is None and located.state is GraftState.ORPHANED:
+        return Undo(file_size=0)
+    if undo is None:
+        raise GraftFormatError(
+            f"the way back to the original is lost ({located.state.value}): {problem}",
+            file=image.path,
+            offset=located.locator_offset,
+            field="undo",
+            hint="restore the image from a copy",
+        )
+    return undo
+
+
+def _resolve(path: Path) -> Path:
+    try:
+        return path.resolve(strict=True)
+    except (OSError, RuntimeError) as problem:
+        reason = problem.strerror if isinstance(problem, OSError) else "too many symbolic links"
+        raise FileError(f"the file cannot be opened: {reason}", file=path) from problem
+    except ValueError as problem:
+        raise FileError("the file name is not valid", file=str(path)) from problem

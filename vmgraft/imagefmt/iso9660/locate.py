@@ -1,0 +1,205 @@
+"""Finding the graft of an ISO image and telling its state."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from hashlib import sha256
+
+from vmgraft.errors import GraftFormatError
+from vmgraft.imagefmt._layout import LOCATOR_SIZE, MAGIC
+from vmgraft.imagefmt.contract import GraftState, Located, Locator, Placement, Undo
+from vmgraft.imagefmt.flatfile import FlatFile
+from vmgraft.imagefmt.iso9660 import _layout as layout
+from vmgraft.imagefmt.iso9660._layout import Appendix
+from vmgraft.imagefmt.locator import parse_locator
+from vmgraft.imagefmt.record import parse_record_head
+from vmgraft.imagefmt.sidecar import locate_sidecar, stray_sidecar
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """A graft and what its record says about the original.
+
+    Attributes:
+        located: State and record.
+        content_size: Bytes of the original file, as far as is known.
+        undo: The record's UNDO, where it is sound.
+        field: The 128 bytes where the descriptor's locator goes, as they are in the file.
+        end: Size the grafted file should have, in bytes.
+        footer_sound: Whether the footer is where it should be (or none is needed).
+    """
+
+    located: Located
+    content_size: int
+    undo: Undo | None
+    field: bytes
+    end: int
+    footer_sound: bool = True
+
+    @property
+    def original_field(self) -> bytes | None:
+        """What to present instead of the 128 bytes: the original ones, zeros if lost, None: as they are."""
+        if self.undo is not None and self.undo.patches:
+            return self.undo.patches[0].data
+        return bytes(LOCATOR_SIZE) if self.field.startswith(MAGIC) else None
+
+
+def find_graft(file: FlatFile, volume_space_size: int) -> Found:
+    """Look at the primary volume descriptor, at the end of the file, and for what an interrupted attach leaves."""
+    field = file.read(layout.LOCATOR_OFFSET, LOCATOR_SIZE)
+    primary = _parse(file, field, layout.LOCATOR_OFFSET)
+    footer_offset = file.size - layout.SECTOR_SIZE
+    footer = _parse(file, file.read(footer_offset, LOCATOR_SIZE), footer_offset)
+    if isinstance(primary, Locator):
+        return _assess(file, volume_space_size, field, primary, layout.LOCATOR_OFFSET)
+    if isinstance(footer, Locator):
+        return _assess(file, volume_space_size, field, footer, footer_offset)
+    problem = primary or footer
+    if problem is not None:
+        return _damaged(file, problem, field)
+    return _find_traces(file, volume_space_size, field)
+
+
+def _damaged(file: FlatFile, problem: str, field: bytes) -> Found:
+    """A locator is there, but not sound; a sidecar may still know the way back."""
+    stray = stray_sidecar(file.path)
+    if stray is None or stray.locator is None:
+        located = Located(GraftState.DAMAGED, problem, None, layout.LOCATOR_OFFSET)
+        return Found(located, file.size, None, field, file.size, footer_sound=False)
+    located = Located(GraftState.DAMAGED, problem, stray.locator, layout.LOCATOR_OFFSET, stray.record)
+    size = min(stray.locator.file_size, file.size)
+    return Found(located, size, _undo(file, stray.record, 0), field, stray.locator.file_size)
+
+
+def _parse(file: FlatFile, data: bytes, offset: int) -> Locator | str | None:
+    """Return a locator, what is wrong with it, or None where none stands."""
+    if not data.startswith(MAGIC):
+        return None
+    try:
+        return parse_locator(data, file=file.path, offset=offset)
+    except GraftFormatError as problem:
+        return str(problem)
+
+
+def _assess(file: FlatFile, volume_space_size: int, field: bytes, locator: Locator, offset: int) -> Found:
+    inline = locator.placement is Placement.INLINE
+    place = Appendix(locator.file_size, locator.record_size if inline else 0)
+    if inline:
+        record = file.read(place.record, locator.record_size) if locator.record_offset == place.record else b""
+        located = Located(GraftState.OK, "", locator, offset, record or None)
+    else:
+        located = locate_sidecar(file.path, locator, offset)
+    undo = _undo(file, located.record, place.record)
+    # A sidecar needs a footer only where the descriptor's field was taken.
+    has_footer = inline or not field.startswith(MAGIC)
+    found = Found(
+        located,
+        content_size=min(locator.file_size, file.size),
+        undo=undo,
+        field=field,
+        end=place.end if has_footer else locator.file_size,
+        footer_sound=not has_footer or _footer_is(file, place, locator),
+    )
+    state, detail = located.state, located.detail
+    if state is GraftState.OK:
+        state, detail = _state(file, found, locator, place)
+    if state is GraftState.OK and undo is not None:
+        state, detail = _original_problem(undo, locator, volume_space_size, field)
+    return replace(found, located=replace(located, state=state, detail=detail))
+
+
+def _state(file: FlatFile, found: Found, locator: Locator, place: Appendix) -> tuple[GraftState, str]:
+    """Compare sizes, record and footer with what the locator says; the first thing wrong counts."""
+    record = found.located.record or b""
+    misplaced = locator.placement is Placement.INLINE and locator.record_offset != place.record
+    missing = found.end - file.size
+    overwritten = GraftState.OVERWRITTEN
+    checks = (
+        (misplaced, GraftState.DAMAGED, "the locator points to another place than behind the original image"),
+        (missing > 0, GraftState.CUT, f"the last {missing} bytes are missing: the file was cut"),
+        (
+            sha256(record).digest() != locator.record_sha256,
+            overwritten,
+            "the record does not match the locator's digest",
+        ),
+        (found.undo is None, GraftState.DAMAGED, "the record's UNDO section is damaged"),
+        (not found.footer_sound, overwritten, "the footer behind the record is not the locator's copy"),
+        (missing < 0, GraftState.GROWN, f"the file grew by {-missing} bytes behind the graft since attach"),
+    )
+    return _first(checks)
+
+
+def _first(checks: tuple[tuple[bool, GraftState, str], ...]) -> tuple[GraftState, str]:
+    """Return state and detail of the first check that strikes."""
+    return next(((state, detail) for strikes, state, detail in checks if strikes), (GraftState.OK, ""))
+
+
+def _footer_is(file: FlatFile, place: Appendix, locator: Locator) -> bool:
+    sector = file.read(place.footer, layout.SECTOR_SIZE)
+    return _parse(file, sector, place.footer) == locator and not any(sector[LOCATOR_SIZE:])
+
+
+def _original_problem(undo: Undo, locator: Locator, volume_space_size: int, field: bytes) -> tuple[GraftState, str]:
+    """Compare the descriptor with what UNDO says about the original."""
+    original = undo.patches[0].data if undo.patches else None
+    in_descriptor = field.startswith(MAGIC)
+    resized = undo.facts.get(layout.FACT_VOLUME_SIZE) != volume_space_size
+    foreign = original is not None and not in_descriptor and field != original
+    checks = (
+        (undo.file_size != locator.file_size, GraftState.DAMAGED, "UNDO and locator disagree about the original size"),
+        (resized, GraftState.OVERWRITTEN, "another program changed the volume's size since attach"),
+        (in_descriptor and original is None, GraftState.DAMAGED, "UNDO lacks what stood in the volume descriptor"),
+        (foreign, GraftState.DAMAGED, "the locator in the volume descriptor was overwritten"),
+        (
+            original is None,
+            GraftState.OK,
+            "the volume descriptor's field was taken: only the footer points to the record",
+        ),
+        (not in_descriptor, GraftState.OK, "only the footer points to the record: attach or detach was interrupted"),
+    )
+    return _first(checks)
+
+
+def _undo(file: FlatFile, record: bytes | None, offset: int) -> Undo | None:
+    """Return the record's UNDO when it is sound and within what attach can have changed."""
+    if record is None:
+        return None
+    try:
+        undo = parse_record_head(record, file=file.path, offset=offset).undo()
+    except GraftFormatError:
+        return None
+    for patch in undo.patches:
+        if patch.offset != layout.LOCATOR_OFFSET or patch.data not in layout.BLANKS:
+            return None
+    return undo if len(undo.patches) <= 1 else None
+
+
+def _find_traces(file: FlatFile, volume_space_size: int, field: bytes) -> Found:
+    """Look for a record without locator, and for a sidecar that nothing points to."""
+    volume_end = volume_space_size * layout.SECTOR_SIZE
+    window = file.read(volume_end, layout.SCAN_LIMIT)
+    for position in range(0, len(window), layout.SECTOR_SIZE):
+        if not window.startswith(MAGIC, position):
+            continue
+        offset = volume_end + position
+        found = _trace(file, window[position:], offset, field)
+        if found is not None:
+            return found
+    stray = stray_sidecar(file.path)
+    if stray is not None:
+        detail = f"{stray.path.name} lies beside the image, but nothing in the image points to it"
+        located = Located(GraftState.ORPHANED, detail, stray.locator, None, stray.record)
+        return Found(located, file.size, None, field, file.size)
+    return Found(Located(GraftState.NONE), file.size, None, field, file.size)
+
+
+def _trace(file: FlatFile, head: bytes, offset: int, field: bytes) -> Found | None:
+    """Return what an interrupted append has left at ``offset``, if it is that."""
+    undo = _undo(file, head, offset)
+    if undo is None or Appendix(undo.file_size, 0).record != offset:
+        return None
+    last = parse_record_head(head, file=file.path, offset=offset).sections[-1]
+    place = Appendix(undo.file_size, last.offset + last.stored_size)
+    detail = "a record without locator lies behind the image: attach was interrupted or the file cut"
+    located = Located(GraftState.CUT, detail, None, None, file.read(offset, place.end - offset))
+    return Found(located, undo.file_size, undo, field, place.end, footer_sound=False)

@@ -1,0 +1,165 @@
+"""Files that an image names: backing files and external data files, never followed out of a named folder."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from vmgraft.errors import FileError, MalformedImageError, UnsupportedError
+from vmgraft.imagefmt.contract import Extent, Image, Placement
+from vmgraft.imagefmt.flatfile import FlatFile
+from vmgraft.imagefmt.qcow2 import _layout as lay
+
+if TYPE_CHECKING:
+    from vmgraft.imagefmt.qcow2.header import Header
+
+MAX_DEPTH = 64
+#: QEMU reads everything up to a colon as a protocol, unless a slash comes first (block.c, path_has_protocol).
+_PROTOCOL = re.compile(r"[^/]*:")
+
+
+@dataclass(frozen=True, slots=True)
+class Chain:
+    """What an image hands down to the files it names.
+
+    Attributes:
+        root: The folder they must lie in, resolved.
+        named: Whether the user named that folder; only then may names be absolute.
+        seen: (device, inode) of the images above.
+    """
+
+    root: Path
+    named: bool
+    seen: tuple[tuple[int, int], ...] = ()
+
+    @classmethod
+    def start(cls, image: Path, root: Path | None) -> Chain:
+        """Return the chain of a topmost image; without a named root, its own folder is the root."""
+        folder = image.absolute().parent if root is None else root
+        return cls(folder.resolve(), root is not None)
+
+    def below(self, fd: int, file: Path) -> Chain:
+        """Return the chain as the files named by ``file`` (open as ``fd``) see it.
+
+        Raises:
+            MalformedImageError: the chain is a loop, or too deep.
+        """
+        info = os.fstat(fd)
+        identity = (info.st_dev, info.st_ino)
+        if identity in self.seen:
+            raise MalformedImageError("the backing chain leads back to this file", file=file, field="backing_file_name")
+        if len(self.seen) >= MAX_DEPTH:
+            message = f"the backing chain is deeper than {MAX_DEPTH} files"
+            raise MalformedImageError(message, file=file, field="backing_file_name")
+        return replace(self, seen=(*self.seen, identity))
+
+
+def open_named(name: bytes, referrer: Path, chain: Chain, *, field: str, offset: int) -> FlatFile:
+    """Open a file that an image names, for reading.
+
+    Args:
+        name: The name as it stands in the image.
+        referrer: The image that names it; relative names start at its folder.
+        chain: Where the file may lie.
+        field: ``backing_file_name`` or ``data_file_name``, for messages.
+        offset: Where the name stands in ``referrer``.
+
+    Raises:
+        UnsupportedError: the name is a protocol, absolute without a named root, or leads out of the root.
+        FileError: the file does not exist or cannot be read.
+    """
+
+    def refuse(message: str, hint: str) -> UnsupportedError:
+        return UnsupportedError(f"{field} {text!r} {message}", file=referrer, offset=offset, field=field, hint=hint)
+
+    text = os.fsdecode(name)
+    if _PROTOCOL.match(text):
+        raise refuse("is a protocol or JSON description, which is never followed", "use a plain relative file name")
+    if text.startswith("/") and not chain.named:
+        raise refuse("is absolute, which is followed only under a root folder that you name", "name its folder as root")
+    try:
+        target = (referrer.absolute().parent / text).resolve(strict=True)
+    except (OSError, RuntimeError) as exc:  # Python 3.11 reports a loop of symbolic links as RuntimeError
+        raise FileError(f"{field} {text!r} cannot be found", file=referrer, offset=offset, field=field) from exc
+    if not target.is_relative_to(chain.root):
+        raise refuse(f"leads to {target}, outside {chain.root}", "name a root folder that contains it")
+    return _open_regular(target)
+
+
+def _open_regular(target: Path) -> FlatFile:
+    """Open a resolved path, and make sure that what was opened is what was resolved."""
+    file = FlatFile(target)
+    same = Path(f"/proc/self/fd/{file.fd}").readlink() == target
+    if same and not file.is_block_device:
+        return file
+    file.close()
+    if same:
+        raise UnsupportedError("is a block device, not a regular file", file=target)
+    raise FileError("was replaced while it was being opened", file=target)
+
+
+def backing_format(header: Header, head: bytes, referrer: Path) -> str:
+    """Return ``raw`` or ``qcow2``: what the image says its backing file is, else what the file plainly is.
+
+    Raises:
+        UnsupportedError: the format is another one, or cannot be known. Guessing "raw" would let a guest that writes a
+            qcow2 header into its raw disk read the host's files.
+    """
+    ext = header.find(lay.EXT_BACKING_FORMAT)
+    if ext is not None and ext.length:
+        name = header.data(ext).decode("ascii", "replace")
+        if name in ("raw", "qcow2"):
+            return name
+        message, offset = f"backing files of format {name!r} are not supported", ext.data_offset
+        raise UnsupportedError(message, file=referrer, offset=offset, field="backing_format")
+    if head.startswith(lay.MAGIC):
+        return "qcow2"
+    raise UnsupportedError(
+        "the image does not say which format its backing file has, and it is not qcow2",
+        file=referrer,
+        field="backing_format",
+        hint="record it: `qemu-img rebase -u -b NAME -F raw IMAGE`",
+    )
+
+
+class RawBacking:
+    """A raw backing file: bytes, as they stand, ``virtual_size`` of them."""
+
+    def __init__(self, file: FlatFile, size: int) -> None:
+        self.path = file.path
+        self.virtual_size = size
+        self._file = file
+
+    def readinto(self, offset: int, buffer: memoryview) -> int:
+        """Fill ``buffer``; the caller asks for nothing behind ``virtual_size``."""
+        return self._file.readinto(offset, buffer)
+
+    def extents(self) -> Iterator[Extent]:
+        """Yield the file's runs."""
+        return self._file.extents(self.virtual_size)
+
+    def backing_chain(self) -> tuple[Path, ...]:
+        """Nothing stands below a raw file."""
+        return ()
+
+    def close(self) -> None:
+        """Close the descriptor."""
+        self._file.close()
+
+
+#: What stands below an image: another image, or plain bytes.
+Backing = Image | RawBacking
+
+
+def open_raw(file: FlatFile) -> RawBacking:
+    """Return a raw backing file as the guest saw it, without the trailer that a graft may have put behind it."""
+    from vmgraft.imagefmt.raw.trailer import find_trailer  # noqa: PLC0415 - only overlays of raw files need it
+
+    found = find_trailer(file)
+    inline = found is not None and found.locator is not None and found.locator.placement is Placement.INLINE
+    size = found.locator.file_size if inline and found is not None and found.locator is not None else file.size
+    return RawBacking(file, min(size, file.size))

@@ -1,0 +1,294 @@
+"""Guest offset → host offset: the L1 and L2 tables, decoded in bulk with numpy (a struct layout would take hours).
+
+The map works in *units*: a cluster, or a subcluster where L2 entries are extended. Tables are loaded when needed;
+memory stays within the L1 table (32 MiB at most), a cache of 16 MiB and one batch.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import Any, NoReturn
+
+import numpy as np
+import numpy.typing as npt
+
+from vmgraft.errors import MalformedImageError
+from vmgraft.imagefmt.qcow2 import _layout as lay
+from vmgraft.imagefmt.qcow2.header import Header
+from vmgraft.imagefmt.qcow2.source import Source
+
+U64 = npt.NDArray[np.uint64]
+U8 = npt.NDArray[np.uint8]
+
+_CACHE_BYTES = 16 << 20
+_BATCH_UNITS = 1 << 16
+
+
+class RunKind(IntEnum):
+    """What an L2 entry says about its unit."""
+
+    HOLE = 0
+    ZERO = 1
+    DATA = 2
+    COMPRESSED = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """Guest bytes ``start`` .. ``start + length`` that stand together.
+
+    ``host`` is the file offset of the first byte for ``DATA``, the whole L2 entry for ``COMPRESSED`` (a run then never
+    leaves its cluster), and means nothing otherwise.
+    """
+
+    start: int
+    length: int
+    kind: RunKind
+    host: int
+
+
+def _load(data: bytes | bytearray) -> U64:
+    return np.frombuffer(data, dtype=">u8").astype(np.uint64)
+
+
+class ClusterMap:
+    """The mapping of one image.
+
+    Args:
+        source: The image file.
+        header: Its header.
+        data: The file that holds the guest's clusters: ``source`` itself, or the external data file.
+
+    Raises:
+        MalformedImageError: the L1 table points astray.
+    """
+
+    def __init__(self, source: Source, header: Header, data: Source) -> None:
+        self._source = source
+        self._header = header
+        self._data_size = data.size
+        self._external = data is not source
+        self._cluster = header.cluster_size
+        self._per_cluster = lay.SUBCLUSTERS if header.extended_l2 else 1
+        self._unit = self._cluster // self._per_cluster
+        self._words = 2 if header.extended_l2 else 1
+        self._l1 = self._load_l1()
+        self._metadata = self._metadata_starts()
+        self._cache: OrderedDict[int, U64] = OrderedDict()
+        self._cache_limit = max(2, _CACHE_BYTES // self._cluster)
+        self._lock = threading.Lock()
+
+    def _bad(self, field: str, message: str, offset: int | None = None) -> NoReturn:
+        hint = "`qemu-img check` shows the damage"
+        raise MalformedImageError(message, file=self._source.file, offset=offset, field=field, hint=hint)
+
+    def _load_l1(self) -> U64:
+        header = self._header
+        raw = self._source.exactly(header.l1_table_offset, header.l1_size * 8, "l1_table_offset")
+        entries = _load(raw)
+        used = entries & np.uint64(lay.OFFSET_MASK)
+        wrong = (entries & np.uint64(lay.L1_RESERVED)) | (used & np.uint64(self._cluster - 1))
+        wrong |= used > np.uint64(max(0, self._source.size - self._cluster))
+        if wrong.any():
+            at = int(np.flatnonzero(wrong)[0])
+            where = header.l1_table_offset + 8 * at
+            self._bad("l1_entry", f"entry {at} (0x{int(entries[at]):016x}) points astray or sets reserved bits", where)
+        tables = np.sort(used[used != 0])
+        if (tables[1:] == tables[:-1]).any():
+            self._bad("l1_entry", "two L1 entries share one L2 table", header.l1_table_offset)
+        return used
+
+    def _metadata_starts(self) -> U64:
+        """Return the sorted offsets of all clusters that hold metadata, which no guest data may stand in."""
+        header, size = self._header, self._cluster
+        tables = ((header.l1_table_offset, header.l1_size * 8), (header.refcount_table_offset, self._reftable_bytes))
+        spans = [(0, size), *tables]
+        if header.nb_snapshots:
+            spans.append((header.snapshots_offset, header.nb_snapshots * 40))
+        fixed = [np.arange(at, at + length, size, dtype=np.uint64) for at, length in spans]
+        inner = self._l1[self._l1 != 0]
+        outer = np.concatenate([*fixed, self._refcount_blocks()])
+        if np.isin(inner, outer).any():
+            self._bad("l1_entry", "an L2 table lies on other metadata", header.l1_table_offset)
+        return np.unique(np.concatenate([outer, inner]))
+
+    @property
+    def _reftable_bytes(self) -> int:
+        return self._header.refcount_table_clusters * self._cluster
+
+    def _refcount_blocks(self) -> U64:
+        raw = self._source.exactly(self._header.refcount_table_offset, self._reftable_bytes, "refcount_table_offset")
+        blocks: U64 = _load(raw) & np.uint64(0xFFFF_FFFF_FFFF_FE00)  # spec, "Refcount table entry"
+        used: U64 = blocks[blocks != 0]
+        return used
+
+    # --- entries ---------------------------------------------------------------------------------------------------
+
+    def _table(self, index: int, keep: bool) -> U64:
+        with self._lock:
+            if index in self._cache:
+                self._cache.move_to_end(index)
+                return self._cache[index]
+        table = _load(self._source.exactly(int(self._l1[index]), self._cluster, "l2_table"))
+        if keep:
+            with self._lock:
+                self._cache[index] = table
+                while len(self._cache) > self._cache_limit:
+                    self._cache.popitem(last=False)
+        return table
+
+    def _entries(self, first: int, count: int, keep: bool) -> U64:
+        """Return the L2 entries of ``count`` clusters from cluster ``first``; zeros where there is no L2 table."""
+        per_table = self._header.l2_entries
+        words = self._words
+        out = np.zeros(count * words, dtype=np.uint64)
+        at = first
+        while at < first + count:
+            index, inside = divmod(at, per_table)
+            take = min(per_table - inside, first + count - at)
+            if self._l1[index]:
+                piece = self._table(index, keep)[inside * words : (inside + take) * words]
+                out[(at - first) * words : (at - first + take) * words] = piece
+            at += take
+        return out
+
+    def _entry_offset(self, cluster: int) -> int:
+        index, inside = divmod(cluster, self._header.l2_entries)
+        return int(self._l1[index]) + inside * 8 * self._words
+
+    def _bad_entry(self, wrong: Any, first: int, entries: U64, message: str) -> NoReturn:
+        at = int(np.flatnonzero(wrong)[0])
+        self._bad("l2_entry", f"0x{int(entries[at]):016x} {message}", self._entry_offset(first + at))
+
+    def _check_plain(self, entries: U64, plain: Any, first: int) -> U64:
+        """Check standard entries and return their host offsets (0 where there is none)."""
+        reserved = lay.L2_RESERVED
+        if self._header.version < 3 or self._header.extended_l2:
+            reserved |= lay.FLAG_ZERO
+        host = np.where(plain, entries & np.uint64(lay.OFFSET_MASK), np.uint64(0))
+        wrong = plain & ((entries & np.uint64(reserved)) != 0)
+        if wrong.any():
+            self._bad_entry(wrong, first, entries, "sets reserved bits")
+        wrong = (host & np.uint64(self._cluster - 1)) != 0
+        if wrong.any():
+            self._bad_entry(wrong, first, entries, "is not aligned to a cluster")
+        wrong = (host != 0) & (host >= np.uint64(self._data_size))
+        if wrong.any():
+            self._bad_entry(wrong, first, entries, "points behind the end of the file")
+        return host
+
+    def _decode(self, entries: U64, first: int) -> tuple[U8, U64]:
+        """Return kind and host offset of every unit of the given L2 entries."""
+        words = entries[:: self._words]
+        compressed = (words & np.uint64(lay.FLAG_COMPRESSED)) != 0
+        host = self._check_plain(words, ~compressed, first)
+        present = host != 0
+        if self._external:  # cluster 0 of a data file is a real one; the copied flag tells (spec, "L2 table entry")
+            if compressed.any():
+                self._bad_entry(compressed, first, words, "is compressed, which an external data file cannot be")
+            present |= (words & np.uint64(lay.FLAG_COPIED)) != 0
+        if self._per_cluster == 1:
+            zero = ~compressed & ((words & np.uint64(lay.FLAG_ZERO)) != 0)
+            kind = np.where(present, RunKind.DATA, RunKind.HOLE).astype(np.uint8)
+            kind[zero] = RunKind.ZERO
+        else:
+            kind, host = self._decode_subclusters(words, entries[1::2], present, host, first)
+            words, compressed = (np.repeat(a, self._per_cluster) for a in (words, compressed))
+        kind[compressed] = RunKind.COMPRESSED
+        return kind, np.where(compressed, words, host)
+
+    def _decode_subclusters(self, words: U64, bitmaps: U64, present: Any, host: U64, first: int) -> tuple[U8, U64]:
+        compressed = (words & np.uint64(lay.FLAG_COMPRESSED)) != 0
+        both = bitmaps & (bitmaps >> np.uint64(32)) & np.uint64(0xFFFF_FFFF)
+        wrong = (both != 0) & ~compressed
+        if wrong.any():
+            self._bad_entry(wrong, first, bitmaps, "marks a subcluster as both data and zero")
+        wrong = ((bitmaps & np.uint64(0xFFFF_FFFF)) != 0) & ~present & ~compressed
+        if wrong.any():
+            self._bad_entry(wrong, first, bitmaps, "allocates subclusters of no cluster")
+        shifts = np.arange(lay.SUBCLUSTERS, dtype=np.uint64)
+        data = ((bitmaps[:, None] >> shifts) & np.uint64(1)) != 0
+        zero = ((bitmaps[:, None] >> (shifts + np.uint64(32))) & np.uint64(1)) != 0
+        kind = np.where(data, RunKind.DATA, np.where(zero, RunKind.ZERO, RunKind.HOLE)).astype(np.uint8)
+        hosts = host[:, None] + shifts * np.uint64(self._unit)
+        return kind.reshape(-1), hosts.reshape(-1)
+
+    # --- runs ------------------------------------------------------------------------------------------------------
+
+    def _breaks(self, kind: U8, host: U64) -> npt.NDArray[np.intp]:
+        """Return the indexes of the units that begin a run."""
+        change = kind[1:] != kind[:-1]
+        data = kind[1:] == RunKind.DATA
+        change |= data & (host[1:] != host[:-1] + np.uint64(self._unit))
+        change |= (kind[1:] == RunKind.COMPRESSED) & (np.arange(1, len(kind)) % self._per_cluster == 0)
+        return np.concatenate([np.zeros(1, dtype=np.intp), np.flatnonzero(change) + 1])
+
+    def _check_overlap(self, start: Any, kind: Any, host: Any, first: int) -> None:
+        if self._external:
+            return
+        units = np.diff(start)
+        data = kind == RunKind.DATA
+        begin = host[data] & ~np.uint64(self._cluster - 1)
+        end = host[data] + units[data].astype(np.uint64) * np.uint64(self._unit)
+        hit = np.searchsorted(self._metadata, begin) != np.searchsorted(self._metadata, end)
+        if hit.any():
+            unit = int(start[:-1][data][np.flatnonzero(hit)[0]])
+            where = self._entry_offset(first + unit // self._per_cluster)
+            self._bad("l2_entry", "guest data lies on the container's own metadata", where)
+
+    def _batch(self, first: int, count: int, keep: bool) -> Iterator[Run]:
+        """Yield the runs of ``count`` clusters from cluster ``first``, whole clusters."""
+        kind, host = self._decode(self._entries(first, count, keep), first)
+        breaks = self._breaks(kind, host)
+        start = np.append(breaks, len(kind))
+        self._check_overlap(start, kind[breaks], host[breaks], first)
+        origin = first * self._cluster
+        places = (origin + start.astype(np.int64) * self._unit).tolist()
+        rows = zip(places[:-1], places[1:], kind[breaks].tolist(), host[breaks].tolist(), strict=True)
+        for begin, end, what, where in rows:
+            yield Run(begin, end - begin, RunKind(what), where)
+
+    def _skip_unmapped(self, cluster: int, end: int) -> int:
+        """Return the first cluster from ``cluster`` on whose L2 table exists, ``end`` at most."""
+        per_table = self._header.l2_entries
+        index = cluster // per_table
+        if self._l1[index]:
+            return cluster
+        last = -(-end // per_table)
+        there = np.flatnonzero(self._l1[index:last])
+        return min(end, (index + int(there[0])) * per_table) if len(there) else end
+
+    def runs(self, start: int, end: int, *, keep: bool = True) -> Iterator[Run]:
+        """Yield the runs that cover guest bytes ``start`` .. ``end``, clipped to them.
+
+        Args:
+            start: First byte.
+            end: Just behind the last byte; at most the virtual size.
+            keep: Cache the L2 tables (wanted for reads, not for one walk over everything).
+
+        Raises:
+            MalformedImageError: an entry points astray.
+        """
+        at, stop = start // self._cluster, -(-end // self._cluster)
+        step = max(1, _BATCH_UNITS // self._per_cluster)
+        while at < stop:
+            mapped = self._skip_unmapped(at, stop)
+            if mapped > at:
+                yield self._clip(Run(at * self._cluster, (mapped - at) * self._cluster, RunKind.HOLE, 0), start, end)
+                at = mapped
+                continue
+            count = min(step, stop - at)
+            for run in self._batch(at, count, keep):
+                if run.start + run.length > start and run.start < end:
+                    yield self._clip(run, start, end)
+            at += count
+
+    @staticmethod
+    def _clip(run: Run, start: int, end: int) -> Run:
+        begin, stop = max(run.start, start), min(run.start + run.length, end)
+        host = run.host + begin - run.start if run.kind is RunKind.DATA else run.host
+        return Run(begin, stop - begin, run.kind, host)

@@ -1,0 +1,58 @@
+"""Where the parts of a raw trailer lie; see docs/format.md, "raw"."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from vmgraft.imagefmt._layout import LOCATOR_SIZE
+
+#: Trailers begin and end on multiples of this many bytes.
+ALIGNMENT = 4096
+#: A trailer, counted from the end of the content, stays below this: growpart ignores smaller growth.
+TRAILER_LIMIT = 1 << 20
+#: Bytes of a guest sector; the content is rounded up to it.
+SECTOR_SIZE = 512
+
+
+def round_up(value: int, multiple: int) -> int:
+    """Return ``value`` rounded up to ``multiple``."""
+    return -(-value // multiple) * multiple
+
+
+@dataclass(frozen=True, slots=True)
+class Trailer:
+    """Places of a trailer as file offsets in bytes, implied by the sizes of content and record."""
+
+    file_size: int
+    record_size: int
+
+    @property
+    def head(self) -> int:
+        """Offset of the first locator."""
+        return round_up(self.file_size, ALIGNMENT)
+
+    @property
+    def record(self) -> int:
+        """Offset of the record."""
+        return self.head + LOCATOR_SIZE
+
+    @property
+    def end(self) -> int:
+        """Offset behind the trailer, the size of the grafted file."""
+        return round_up(self.record + self.record_size + LOCATOR_SIZE, ALIGNMENT)
+
+    @property
+    def tail(self) -> int:
+        """Offset of the second locator."""
+        return self.end - LOCATOR_SIZE
+
+    @property
+    def fits(self) -> bool:
+        """Whether the trailer stays below the limit."""
+        return self.end - self.file_size < TRAILER_LIMIT
+
+
+def room(file_size: int) -> int:
+    """Return how long an inline record may be, in bytes."""
+    last_end = (file_size + TRAILER_LIMIT - 1) // ALIGNMENT * ALIGNMENT
+    return last_end - round_up(file_size, ALIGNMENT) - 2 * LOCATOR_SIZE

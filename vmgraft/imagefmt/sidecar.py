@@ -1,0 +1,151 @@
+"""The sidecar: a record in a file of its own, ``IMAGE.vmgraft``, beside the image.
+
+A sidecar begins with a copy of the locator, so it can be told which image it belongs to; the record follows at byte
+128. Its name is always derived from the image's, never read from the image: no path can be smuggled in.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+
+from vmgraft.errors import FileError, GraftFormatError
+from vmgraft.imagefmt import _layout as layout
+from vmgraft.imagefmt.commit import atomic_output, remove_file, write_all
+from vmgraft.imagefmt.contract import GraftState, Located, Locator
+from vmgraft.imagefmt.locator import LOCATOR_SIZE, MAGIC, pack_locator, parse_locator
+
+SUFFIX = ".vmgraft"
+#: Where the record begins in a sidecar, in bytes.
+RECORD_OFFSET = LOCATOR_SIZE
+
+
+@dataclass(frozen=True, slots=True)
+class Sidecar:
+    """A sidecar file as found: ``record`` holds what is there of the record, sound or not."""
+
+    path: Path
+    state: GraftState
+    detail: str
+    locator: Locator | None = None
+    record: bytes | None = None
+
+
+def sidecar_path(image: Path) -> Path:
+    """Return the name of an image's sidecar."""
+    return image.with_name(image.name + SUFFIX)
+
+
+def write_sidecar(image: Path, locator: Locator, record: bytes) -> Path:
+    """Write an image's sidecar, whole or not at all, and flush it to the disk. An older sidecar is replaced.
+
+    Raises:
+        FileError: when it cannot be written, or a file of that name is not a sidecar.
+    """
+    path = sidecar_path(image)
+    if not _may_replace(path):
+        raise FileError(
+            "a file of the sidecar's name exists and is not a sidecar", file=path, hint="move it out of the way"
+        )
+    with atomic_output(path, replace=path.exists()) as fd:
+        write_all(fd, pack_locator(locator) + record, file=path)
+    return path
+
+
+def read_sidecar(image: Path, expected: Locator | None = None) -> Sidecar:
+    """Read an image's sidecar and say in what state it is.
+
+    Args:
+        image: The image.
+        expected: The locator found in the container; ``None`` where the container holds none (raw).
+
+    Returns:
+        State ``NONE`` when there is no sidecar and none was expected, ``NO_RECORD`` when an expected one is missing,
+        ``CUT``, ``OVERWRITTEN`` or ``DAMAGED`` when it is there but not what it should be, else ``OK``.
+    """
+    path = sidecar_path(image)
+    data = _read(path)
+    if isinstance(data, str):
+        if data:
+            return Sidecar(path, GraftState.DAMAGED, data)
+        state = GraftState.NONE if expected is None else GraftState.NO_RECORD
+        return Sidecar(path, state, "" if expected is None else f"the sidecar {path.name} is missing")
+    try:
+        locator = parse_locator(data, file=path, offset=0)
+    except GraftFormatError as problem:
+        return Sidecar(path, GraftState.DAMAGED, str(problem), None, data[RECORD_OFFSET:] or None)
+    state, detail = _compare(data, locator, expected)
+    return Sidecar(path, state, detail, locator, data[RECORD_OFFSET:])
+
+
+def locate_sidecar(image: Path, locator: Locator, locator_offset: int | None) -> Located:
+    """Follow a container's sidecar locator: one hop, always to ``IMAGE.vmgraft``."""
+    found = read_sidecar(image, locator)
+    return Located(found.state, found.detail, locator, locator_offset, found.record)
+
+
+def stray_sidecar(image: Path) -> Sidecar | None:
+    """Return a sound sidecar that lies beside an image whose container does not point to it, or None."""
+    found = read_sidecar(image)
+    return found if found.state is GraftState.OK else None
+
+
+def remove_sidecar(image: Path) -> None:
+    """Remove an image's sidecar if there is one; a file of that name that is none stays.
+
+    Raises:
+        FileError: when the system refuses.
+    """
+    path = sidecar_path(image)
+    if path.exists() and _may_replace(path):
+        remove_file(path)
+
+
+def _compare(data: bytes, locator: Locator, expected: Locator | None) -> tuple[GraftState, str]:
+    if expected is not None and locator != expected:
+        return GraftState.OVERWRITTEN, "the sidecar belongs to another graft"
+    size = len(data) - RECORD_OFFSET
+    if size < locator.record_size:
+        return GraftState.CUT, f"the sidecar holds {size} of {locator.record_size} record bytes"
+    if size > locator.record_size:
+        return GraftState.DAMAGED, f"the sidecar is {size - locator.record_size} bytes too long"
+    if sha256(memoryview(data)[RECORD_OFFSET:]).digest() != locator.record_sha256:
+        return GraftState.OVERWRITTEN, "the record in the sidecar does not match the locator's digest"
+    return GraftState.OK, ""
+
+
+def _read(path: Path) -> bytes | str:
+    """Return the file's bytes, "" when there is none, or why it cannot be read."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except FileNotFoundError:
+        return ""
+    except OSError as problem:
+        what = "is a symbolic link" if problem.errno == errno.ELOOP else f"cannot be read: {problem.strerror}"
+        return f"the sidecar {path.name} {what}"
+    with open(fd, "rb") as file:
+        status = os.fstat(fd)
+        if not stat.S_ISREG(status.st_mode):
+            return f"the sidecar {path.name} is not a regular file"
+        if not 0 < status.st_size <= layout.MAX_RECORD_SIZE + RECORD_OFFSET:
+            return f"the sidecar {path.name} is empty or over the size limit"
+        try:
+            return file.read(layout.MAX_RECORD_SIZE + RECORD_OFFSET)
+        except OSError as problem:
+            return f"the sidecar {path.name} cannot be read: {problem.strerror}"
+
+
+def _may_replace(path: Path) -> bool:
+    """Return whether nothing is at ``path``, or a regular file that begins like a sidecar."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except FileNotFoundError:
+        return True
+    except OSError:
+        return False
+    with open(fd, "rb") as file:
+        return stat.S_ISREG(os.fstat(fd).st_mode) and file.read(len(MAGIC)) == MAGIC

@@ -1,0 +1,1 @@
+"""What an auditor sees: reports that trust nothing, verdicts, and differences."""

@@ -1,0 +1,141 @@
+"""What an image carries, as found. What the file claims stands below ``unverified``; nothing is a verdict."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vmgraft.errors import GraftFormatError, NoGraftError, VmgraftError
+from vmgraft.imagefmt.contract import GraftState, Located
+from vmgraft.imagefmt.graft import Graft, open_image
+from vmgraft.schemas import strict_json
+from vmgraft.signing.dsse import parse_envelope
+
+if TYPE_CHECKING:
+    from vmgraft.imagefmt.graft import Graft
+
+
+def inspect_image(path: Path, *, root: Path | None = None) -> dict[str, Any]:
+    """Describe an image and its graft without trusting either.
+
+    Args:
+        path: Any image of a known format.
+        root: Folder that backing files must lie in.
+
+    Returns:
+        ``image``: what this program measured. ``graft``: state, placement and sizes as found. ``unverified``: what the
+        file says of itself: ``container``, and with a graft ``statement``, ``signatures``, ``manifests``, ``hints``.
+
+    Raises:
+        FileError: when the file is unreadable or of no known format.
+    """
+
+    with open_image(path, root=root) as image:
+        located = image.locate()
+        room = image.room()
+        report: dict[str, Any] = {
+            "image": {
+                "path": str(path),
+                "fileSize": path.stat().st_size,
+                "format": image.format_name,
+                "virtualSize": image.virtual_size,
+                "backingChain": [str(item) for item in image.backing_chain()],
+                "room": {"inline": room.inline, "reserve": room.reserve, "reason": room.reason},
+            },
+            "graft": _graft_facts(located),
+            "unverified": {"container": image.metadata()},
+        }
+        if located.state is not GraftState.NONE:
+            report["unverified"].update(_claims(Graft(image)))
+    return report
+
+
+def list_extensions(path: Path, *, root: Path | None = None) -> dict[str, Any]:
+    """Return ``{state, placement, extensions: [...]}`` of an image; nothing verified.
+
+    Raises:
+        NoGraftError: the image carries none.
+        FileError: when the file is unreadable or of no known format.
+    """
+    report = inspect_image(path, root=root)
+    if report["graft"]["state"] == GraftState.NONE.value:
+        raise NoGraftError("the image carries no graft", file=path, hint="`vmgraft attach` puts one in")
+    keep = ("id", "version", "securityVersion", "title", "vendor", "capabilities")
+    return {
+        "state": report["graft"]["state"],
+        "placement": report["graft"].get("placement"),
+        "unverified": {
+            "extensions": [
+                {name: entry["manifest"].get(name) for name in keep} if "manifest" in entry else entry
+                for entry in report["unverified"]["manifests"]
+            ]
+        },
+    }
+
+
+def _graft_facts(located: Located) -> dict[str, Any]:
+    """Return what was measured about the graft."""
+    facts: dict[str, Any] = {"state": located.state.value, "detail": located.detail}
+    if located.locator is not None:
+        facts["placement"] = located.locator.placement.value
+        facts["locatorOffset"] = located.locator_offset
+        facts["recordSize"] = located.locator.record_size
+    return facts
+
+
+def _claims(graft: Graft) -> dict[str, Any]:
+    """Return what the record says; parts that cannot be read carry ``error`` instead."""
+    return {
+        "formatProblem": graft.format_problem(),
+        "sections": _sections(graft),
+        "envelopes": [_envelope(data) for data in graft.envelopes()],
+        "manifests": [_manifest(data) for data in graft.manifests()],
+        "hints": None if graft.hints() is None else _json(graft.hints() or b""),
+    }
+
+
+def _sections(graft: Graft) -> list[dict[str, Any]]:
+    """Return the section table."""
+    if graft.record is None:
+        return []
+    return [
+        {
+            "kind": section.name,
+            "critical": section.critical,
+            "compressed": section.compressed,
+            "offset": section.offset,
+            "storedSize": section.stored_size,
+            "rawSize": section.raw_size,
+            "sha256": section.raw_sha256.hex(),
+        }
+        for section in graft.record.sections
+    ]
+
+
+def _envelope(data: bytes) -> dict[str, Any]:
+    """Return the signatures and the statement of an envelope for display."""
+
+    try:
+        envelope = parse_envelope(data)
+    except VmgraftError as error:
+        return {"error": str(error)}
+    shown: dict[str, Any] = {
+        "signatures": [{"keyid": signature.keyid, "bytes": len(signature.sig)} for signature in envelope.signatures]
+    }
+    shown["statement"] = _json(envelope.payload)
+    return shown
+
+
+def _manifest(data: bytes) -> dict[str, Any]:
+    """Return a manifest for display."""
+    parsed = _json(data)
+    return {"manifest": parsed} if isinstance(parsed, dict) and "error" not in parsed else {"error": "not readable"}
+
+
+def _json(data: bytes) -> Any:
+    """Parse JSON for display; never raises."""
+
+    try:
+        return strict_json(data, file=None, error=GraftFormatError, max_bytes=1 << 20)
+    except VmgraftError as error:
+        return {"error": str(error)}

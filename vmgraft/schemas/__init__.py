@@ -1,0 +1,43 @@
+"""The JSON Schemas of every document vmgraft reads or writes, and a loader that turns violations into our errors."""
+
+from os import PathLike
+from typing import Any
+
+from vmgraft.errors import VmgraftError
+from vmgraft.schemas.strict import MAX_DEPTH, strict_json
+
+#: The documents there are schemas for.
+SCHEMAS = ("manifest", "policy", "statement", "report")
+
+__all__ = ["MAX_DEPTH", "SCHEMAS", "load_schema", "strict_json", "validate"]
+
+
+def load_schema(name: str) -> dict[str, Any]:
+    """Return a schema (JSON Schema 2020-12) as a fresh dict.
+
+    Args:
+        name: One of ``SCHEMAS``.
+
+    Raises:
+        ValueError: there is no such schema.
+    """
+    from vmgraft.schemas import loader
+
+    return loader.load_schema(name)
+
+
+def validate(name: str, document: Any, *, file: str | PathLike[str] | None, error: type[VmgraftError]) -> None:
+    """Check a parsed document against a schema.
+
+    Args:
+        name: One of ``SCHEMAS``.
+        document: What ``strict_json`` (or a TOML reader) gave back.
+        file: What to name in the error.
+        error: Error class to raise.
+
+    Raises:
+        VmgraftError: (of class ``error``) with the path of the field at fault in ``field``.
+    """
+    from vmgraft.schemas import loader
+
+    loader.validate(name, document, file=file, error=error)

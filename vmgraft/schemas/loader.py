@@ -1,0 +1,101 @@
+"""Loads the schemas and turns violations into our errors, with the path of the field at fault.
+
+Imported on the first use of a schema, since jsonschema takes its time to load. Two keywords of our own steer the
+message a person reads: ``x-message`` replaces the library's sentence, ``x-hint`` becomes the error's hint. Where the
+standard keywords leave room, the reading here is the narrow one: a pattern must match the whole string (Python's ``$``
+would let a trailing newline pass), ``integer`` means an ``int`` (``1.0`` and ``True`` are not), and a string or array
+that is over its length limit is not looked at any further.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import cache
+from itertools import islice
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+from jsonschema import Draft202012Validator, validators
+from jsonschema.exceptions import ValidationError, relevance
+from jsonschema.protocols import Validator
+
+from vmgraft.errors import VmgraftError
+from vmgraft.schemas import SCHEMAS
+
+#: Violations looked at before one is picked to be reported.
+_MAX_VIOLATIONS = 32
+#: Characters of a message shown; violations quote their input.
+_MAX_MESSAGE = 200
+
+
+def load_schema(name: str) -> dict[str, Any]:
+    """See ``vmgraft.schemas.load_schema``."""
+    if name not in SCHEMAS:
+        raise ValueError(f"no schema named {name!r}")
+    text = Path(__file__).with_name(f"{name}.schema.json").read_text("utf-8")
+    schema: dict[str, Any] = json.loads(text)
+    return schema
+
+
+def _pattern(_v: Any, expression: str, value: Any, schema: Mapping[str, Any]) -> Iterator[ValidationError]:
+    if isinstance(value, str) and len(value) <= schema.get("maxLength", len(value)):
+        body = expression.removeprefix("^").removesuffix("$")
+        if re.fullmatch(f"(?:{body})", value) is None:
+            yield ValidationError(f"{value!r} does not match {expression}")
+
+
+def _unique(_v: Any, wanted: bool, value: Any, schema: Mapping[str, Any]) -> Iterator[ValidationError]:
+    if wanted and isinstance(value, list) and len(value) <= schema.get("maxItems", len(value)):
+        seen = {json.dumps(item, sort_keys=True) for item in value}
+        if len(seen) != len(value):
+            yield ValidationError("an item stands twice in the list")
+
+
+def _is_integer(_checker: Any, value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+@cache
+def _validator(name: str) -> Validator:
+    keywords: dict[str, Callable[..., Iterable[ValidationError]]] = {"pattern": _pattern, "uniqueItems": _unique}
+    types = Draft202012Validator.TYPE_CHECKER.redefine_many({"integer": _is_integer, "number": _is_integer})
+    cls = validators.extend(Draft202012Validator, keywords, type_checker=types)  # type: ignore[no-untyped-call]
+    validator: Validator = cls(load_schema(name))
+    return validator
+
+
+def _shorten(text: str) -> str:
+    return text if len(text) <= _MAX_MESSAGE else text[: _MAX_MESSAGE - 1] + "…"
+
+
+def _field(path: Iterable[str | int]) -> str | None:
+    text = ""
+    for part in path:
+        text += f"[{part}]" if isinstance(part, int) else f".{part[:64]}" if text else part[:64]
+    return text or None
+
+
+def _sentence(violation: ValidationError) -> str:
+    schema = violation.schema if isinstance(violation.schema, dict) else {}
+    if "x-message" in schema:
+        about = f"{violation.instance[:64]!r}: " if isinstance(violation.instance, str) else ""
+        return about + str(schema["x-message"])
+    if violation.validator == "additionalProperties" and isinstance(violation.instance, dict):
+        unknown = sorted(set(violation.instance) - set(schema.get("properties", {})))
+        return "unknown field " + ", ".join(repr(name[:64]) for name in unknown[:4])
+    return _shorten(violation.message)
+
+
+def validate(name: str, document: Any, *, file: str | PathLike[str] | None, error: type[VmgraftError]) -> None:
+    """See ``vmgraft.schemas.validate``."""
+    violations = list(islice(_validator(name).iter_errors(document), _MAX_VIOLATIONS))
+    if not violations:
+        return
+    worst = max(violations, key=relevance)
+    while worst.context:
+        worst = max(worst.context, key=relevance)
+    schema = worst.schema if isinstance(worst.schema, dict) else {}
+    raise error(_sentence(worst), file=file, field=_field(worst.absolute_path), hint=schema.get("x-hint"))

@@ -1,0 +1,120 @@
+"""What the verifier is handed and what it gives back; plain data, no I/O."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any, Protocol
+
+
+class ContentNames(Protocol):
+    """The digests of a guest content (``vmgraft.imagefmt.contract.ContentDigest`` has this shape)."""
+
+    @property
+    def virtual_size(self) -> int: ...  # noqa: D102
+    @property
+    def root_hash(self) -> bytes: ...  # noqa: D102
+    @property
+    def tree_digest(self) -> bytes: ...  # noqa: D102
+    @property
+    def flat(self) -> bytes | None: ...  # noqa: D102
+
+
+class Evidence(Protocol):
+    """A graft as found in an image; nothing in it is trusted."""
+
+    def format_problem(self) -> str | None:
+        """Say what is structurally wrong with the record (state not ok, bad header or table), or None."""
+
+    def envelopes(self) -> Sequence[bytes]:
+        """Return the stored DSSE envelopes, raw bytes as found (even when the record's own digest of them differs)."""
+
+    def payload(self, sha256: str) -> bytes:
+        """Return the stored manifest or module whose SHA-256 (lowercase hex) is asked for.
+
+        Raises:
+            PayloadMismatchError: nothing stored hashes to it.
+        """
+
+    def content(self, flat: bool) -> ContentNames:
+        """Read the whole guest content and return its digests; ``flat`` asks for the flat SHA-256 too."""
+
+
+class Status(str, Enum):
+    """How a check ended."""
+
+    PASS = "pass"  # noqa: S105 - a verdict, not a password
+    FAIL = "fail"
+    WARN = "warn"  #: failed, but the policy only logs it
+    SKIP = "skip"  #: not reached, or not asked for
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """One verdict. ``error`` is the ``code`` of the error class that this failure amounts to, else None."""
+
+    name: str
+    status: Status
+    detail: str
+    error: str | None = None
+    hint: str | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the JSON form."""
+        return {"name": self.name, "status": self.status.value, "detail": self.detail,
+                "error": self.error, "hint": self.hint}
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Quotas of one extension: manifest wish, cut down to what the policy allows."""
+
+    memory_mib: int = 16
+    fuel_per_call: int = 5_000_000
+    call_ms: int = 1000
+    calls_per_second: int = 100_000
+    log_bytes: int = 65536
+
+
+@dataclass(frozen=True, slots=True)
+class VerifiedExtension:
+    """An extension whose bytes were checked against a trusted statement. Built by the verifier only.
+
+    Attributes:
+        manifest: The parsed manifest (schema ``manifest``), from the very bytes that were verified.
+        module: The WebAssembly module's bytes, or None where the extension has none.
+        capabilities: Effective capabilities: declared and granted.
+        isolation: Minimum isolation level the policy demands of the worker.
+    """
+
+    id: str
+    version: str
+    manifest: dict[str, Any]
+    module: bytes | None
+    module_sha256: str | None
+    capabilities: tuple[str, ...]
+    limits: Limits
+    on_fault: str
+    isolation: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """The verdict over one image.
+
+    Attributes:
+        error: ``code`` of the deciding failure, by precedence integrity → authenticity → freshness → policy; None when ok.
+        statement: The verified statement, or None when it is not to be believed.
+        signers: keyids (``SHA256:...``) of the distinct trusted keys that signed.
+        extensions: Filled only when ``ok``.
+    """
+
+    ok: bool
+    error: str | None
+    checks: tuple[Check, ...]
+    policy: str | None = None
+    statement: dict[str, Any] | None = None
+    signers: tuple[str, ...] = ()
+    extensions: tuple[VerifiedExtension, ...] = ()
+    warnings: tuple[str, ...] = field(default=())

@@ -1,0 +1,85 @@
+"""The verifier: evidence and a policy in, a report out. It reads nothing itself and decides once.
+
+The steps, in order; the same numbers stand in the code. Each ends in one named check of the report.
+
+ 1. ``format``        the record is structurally sound
+ 2. ``envelope``      there is exactly one, and it is well-formed
+ 3. ``signature``     at least one signature by a known key is valid, and none that names a known key is not
+ 4. ``statement``     the signed bytes, and no others, parse as a statement
+ 5. ``payloads``      every manifest and module has the signed digest and the signed facts
+ 6. ``content``       the guest content has the signed digests
+ 7. ``scope``         exactly one trust policy applies to this image and these extensions
+ 8. ``authenticity``  the keys that policy demands have signed, counted by distinct key
+ 9. ``expiry``        the statement is valid at this time
+10. ``revocation``    no key needed, statement, payload or generation is revoked
+11. ``rollback``      no extension is below the demanded security version
+12. ``policy``        the policy file itself is in force
+13. ``binding``       the statement is bound to the image where the policy demands it
+14. ``capabilities``  everything declared is granted
+15. ``conflicts``     no two extensions claim the same range
+16. ``required``      every required extension is there
+
+A step whose ground is missing is skipped, never passed. Steps 1 to 6 are integrity, 7 and 8 authenticity, 9 to 11
+freshness, 12 to 16 policy; the first failure in this order names the error. Steps 8 to 11, 14 and 16 are those that a
+policy may turn into a warning.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import datetime
+
+from vmgraft.errors import ExpiredError, UntrustedSignerError
+from vmgraft.signing.contract import Evidence, Report
+from vmgraft.signing.integrity import CHECKS, Run, expiry_problem
+from vmgraft.signing.judgement import Judgement
+from vmgraft.signing.keys import PublicKey
+from vmgraft.signing.policy import Policy, SignatureRule
+from vmgraft.signing.times import require_zone
+
+#: Checks that a verification never does without.
+_ALWAYS = tuple(name for name in CHECKS if name != "content")
+#: Checks that ``self_check`` never does without.
+_OF_SELF_CHECK = ("format", "envelope", "signature", "statement", "payloads", "authenticity", "expiry")
+
+
+def verify_evidence(
+    evidence: Evidence, policy: Policy, *, image_name: str, now: datetime, check_content: bool = True
+) -> Report:
+    """Verify a graft against a trust policy; every check is reported, also after a failure.
+
+    Args:
+        evidence: The graft as found.
+        policy: The trust policy.
+        image_name: File name of the image, for ``name:`` scopes; folders in front of it are ignored.
+        now: The time to judge by, with its zone.
+        check_content: Read and hash the whole guest content. A host that checks each block against the signed tree when
+            it is first read says False; nobody else should.
+
+    Raises:
+        UsageError: ``now`` has no zone.
+    """
+    run = Run(evidence, [named.key for named in policy.keys], require_zone(now), check_content)
+    run.integrity()
+    Judgement(run, policy, image_name.rsplit("/", 1)[-1]).steps()
+    return run.report(_ALWAYS)
+
+
+def self_check(
+    evidence: Evidence, public_keys: Sequence[PublicKey], *, now: datetime, check_content: bool = True
+) -> Report:
+    """Verify what was just written: integrity, and that each of the keys has signed.
+
+    Looks at no policy, so it grants nothing and the report lists no extensions.
+
+    Raises:
+        UsageError: ``now`` has no zone.
+    """
+    run = Run(evidence, public_keys, require_zone(now), check_content)
+    run.integrity()
+    if run.statement is not None:
+        rule = SignatureRule(frozenset(public_keys), frozenset(), 0)
+        run.settle("authenticity", UntrustedSignerError, rule.problem(run.signers.valid), "every key has signed")
+        run.settle("expiry", ExpiredError, expiry_problem(run.statement, run.now), "valid at this time")
+        run.trusted = run.signers.valid
+    return run.report(_OF_SELF_CHECK)

@@ -1,0 +1,83 @@
+"""From an extension folder to the bytes that are signed and grafted."""
+
+from __future__ import annotations
+
+import os
+import stat
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from vmgraft.errors import FileError, UsageError
+from vmgraft.schemas import validate
+from vmgraft.signing.manifest import canonical_manifest
+
+MANIFEST_NAME: Final = "manifest.toml"
+#: A manifest is a page of text; anything larger is a mistake.
+MAX_MANIFEST: Final = 64 << 10
+#: Largest module the host would load (docs/extensions.md).
+MAX_MODULE: Final = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Package:
+    """An extension ready to be signed: canonical manifest JSON and the module's bytes."""
+
+    id: str
+    version: str
+    manifest: bytes
+    module: bytes | None
+
+
+def load_package(folder: Path) -> Package:
+    """Read ``manifest.toml`` and the module it names.
+
+    Raises:
+        UsageError: the folder is no extension, or its manifest is not valid.
+        FileError: a file cannot be read or is too large.
+    """
+
+    path = folder / MANIFEST_NAME
+    if not path.is_file():
+        raise UsageError(
+            f"no {MANIFEST_NAME} in this folder", file=folder, hint="`vmgraft new DIR` starts an extension"
+        )
+    document = _parse_toml(path)
+    validate("manifest", document, file=path, error=UsageError)
+    module = None
+    if "module" in document:
+        module = _read(folder / document["module"], MAX_MODULE)
+        _check_module(module, folder / document["module"])
+    return Package(document["id"], document["version"], canonical_manifest(document), module)
+
+
+def _parse_toml(path: Path) -> dict[str, Any]:
+    """Parse the manifest file."""
+    try:
+        return tomllib.loads(_read(path, MAX_MANIFEST).decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise UsageError("not UTF-8 text", file=path, offset=error.start) from error
+    except tomllib.TOMLDecodeError as error:
+        raise UsageError(f"not valid TOML: {error}", file=path) from error
+
+
+def _read(path: Path, limit: int) -> bytes:
+    """Read a regular file of at most ``limit`` bytes; the manifest may not lead out of its folder by a link."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except OSError as error:
+        raise FileError(f"cannot read: {error.strerror}", file=path) from error
+    with os.fdopen(fd, "rb") as file:
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            raise FileError("not a regular file", file=path)
+        data = file.read(limit + 1)
+    if len(data) > limit:
+        raise FileError(f"larger than {limit} bytes", file=path)
+    return data
+
+
+def _check_module(module: bytes, path: Path) -> None:
+    """Refuse what no host would load: WebAssembly core modules begin with magic and version 1 (core spec, 5.5.16)."""
+    if module[:8] != b"\0asm\x01\0\0\0":
+        raise FileError("not a WebAssembly core module", file=path, offset=0, field="magic", hint="run `make` there")

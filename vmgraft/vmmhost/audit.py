@@ -1,0 +1,118 @@
+"""The audit log: one JSON object a line, each naming the hash of the line before it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any, Final
+
+from vmgraft.errors import FileError
+
+#: ``prev`` of the first line.
+GENESIS: Final = "0" * 64
+#: Longest line a log may hold; longer ones are not ours.
+MAX_LINE: Final = 1 << 20
+
+
+def _line_hash(record: dict[str, Any]) -> str:
+    """Hash a record without its own ``hash`` member, in canonical form (sorted keys, no spaces)."""
+    body = json.dumps(record, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return hashlib.sha256(body.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+class AuditLog:
+    """Appends records ``{seq, time, event, ..., prev, hash}``; cutting, editing or reordering lines breaks the chain.
+
+    The last line's hash is returned by :attr:`head` and printed in the run report: keep it elsewhere and a log cut at
+    its end is found out too.
+
+    Args:
+        path: File to create; an existing file is never appended to, since its chain would not be ours. ``None`` keeps
+            the records in memory only.
+
+    Raises:
+        FileError: when the file cannot be created.
+    """
+
+    def __init__(self, path: Path | None) -> None:
+        self.records: list[dict[str, Any]] = []
+        self.head = GENESIS
+        self._fd: int | None = None
+        if path is not None:
+            try:
+                self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+            except FileExistsError as error:
+                raise FileError(
+                    "the audit log exists already", file=path, hint="name a new file; logs are never appended to"
+                ) from error
+            except OSError as error:
+                raise FileError(f"cannot create the audit log: {error.strerror}", file=path) from error
+
+    def write(self, event: str, detail: dict[str, Any]) -> None:
+        """Append one record; it reaches the file before this returns."""
+        record: dict[str, Any] = {
+            "seq": len(self.records),
+            "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            "event": event,
+            **detail,
+            "prev": self.head,
+        }
+        record["hash"] = self.head = _line_hash(record)
+        self.records.append(record)
+        if self._fd is not None:
+            line = memoryview((json.dumps(record, ensure_ascii=False) + "\n").encode("utf-8", "surrogatepass"))
+            while line:
+                line = line[os.write(self._fd, line) :]
+
+    def close(self) -> None:
+        """Flush to stable storage and close."""
+        if self._fd is not None:
+            os.fsync(self._fd)
+            os.close(self._fd)
+            self._fd = None
+
+
+def check_chain(path: Path, expected_head: str | None = None) -> tuple[int, str]:
+    """Check the hash chain of a log file.
+
+    Args:
+        path: The log.
+        expected_head: Hash of the last line as reported by the run, to find a log cut at its end.
+
+    Returns:
+        Number of records and the hash of the last one.
+
+    Raises:
+        FileError: with the line at fault, when the chain does not hold.
+    """
+    previous, count = GENESIS, 0
+    try:
+        with path.open("rb") as log:
+            while line := log.readline(MAX_LINE + 1):
+                previous = _check_line(path, line, count, previous)
+                count += 1
+    except OSError as error:
+        raise FileError(f"cannot read the audit log: {error.strerror}", file=path) from error
+    if expected_head is not None and expected_head != previous:
+        raise FileError("the log does not end with the expected hash: lines are missing", file=path, field="hash")
+    return count, previous
+
+
+def _check_line(path: Path, line: bytes, number: int, previous: str) -> str:
+    """Check one line against the chain and return its hash."""
+    field = f"line {number + 1}"
+    try:
+        record = json.loads(line) if len(line) <= MAX_LINE else None
+    except (ValueError, RecursionError):
+        record = None
+    if not isinstance(record, dict):
+        raise FileError("not a record of an audit log", file=path, field=field)
+    claimed = record.pop("hash", None)
+    if record.get("prev") != previous or record.get("seq") != number:
+        raise FileError("the chain is broken: a line was removed, added or moved", file=path, field=field)
+    if claimed != _line_hash(record):
+        raise FileError("the line was changed", file=path, field=field)
+    return str(claimed)
