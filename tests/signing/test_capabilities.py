@@ -88,7 +88,7 @@ def test_parse_and_format(text, capability):
         "hypercall:0-1",
         "hypercall:1-2147483648",
         "hypercall:9-8",
-        "hypercall:０-９",
+        "hypercall:\uff10-\uff19",
         "guest:0x0+0x10",
         "guest:0x0+0x10:w",
         "guest:0x0+0x10:wr",

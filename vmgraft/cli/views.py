@@ -10,6 +10,7 @@ import click
 from vmgraft.cli.exitcodes import exit_code
 from vmgraft.cli.output import human_size, printable
 from vmgraft.signing.contract import Check, Report, Status
+from vmgraft.signing.report import report_document
 
 _MARKS: Final = {Status.PASS: ("ok", "green"), Status.FAIL: ("FAIL", "red"), Status.WARN: ("warn", "yellow"),
                  Status.SKIP: ("skip", "bright_black")}  # fmt: skip
@@ -17,30 +18,13 @@ _MARKS: Final = {Status.PASS: ("ok", "green"), Status.FAIL: ("FAIL", "red"), Sta
 UNVERIFIED: Final = "?"
 
 
-def report_document(report: Report) -> dict[str, Any]:
-    """Return the JSON object of ``verify`` and of a refused ``run``."""
-    document: dict[str, Any] = {
-        "ok": report.ok,
-        "exitCode": exit_code(report.error),
-        "checks": [check.to_dict() for check in report.checks],
-        "policy": report.policy,
-        "signers": list(report.signers),
-        "extensions": [
-            {"id": item.id, "version": item.version, "capabilities": list(item.capabilities)}
-            for item in report.extensions
-        ],
-        "warnings": list(report.warnings),
-    }
-    if not report.ok:
-        failed = deciding_check(report)
-        document["error"] = {
-            "code": report.error,
-            "message": failed.detail if failed else "refused",
-            "file": None,
-            "offset": None,
-            "field": failed.name if failed else None,
-            "hint": failed.hint if failed else None,
-        }
+def verdict_document(report: Report) -> dict[str, Any]:
+    """Return the JSON object of ``verify`` and of ``run``: the report, ``exitCode``, and the deciding failure."""
+    document = {"ok": report.ok, "exitCode": exit_code(report.error), **report_document(report)}
+    failed = deciding_check(report)
+    if failed is not None:
+        document["error"] = {"code": report.error, "message": failed.detail, "file": None, "offset": None,
+                             "field": failed.name, "hint": failed.hint}  # fmt: skip
     return document
 
 

@@ -45,6 +45,8 @@ class Journey:
     cpu: str = "auto"
     #: What was shown to hold, for the closing summary.
     shown: list[str] = field(default_factory=list)
+    #: Which CPU engines ran the guests.
+    engines: set[str] = field(default_factory=set)
 
     def run(self) -> None:
         """Go all the way.
@@ -58,8 +60,8 @@ class Journey:
         for image in images:
             self.say(f"   {image.name:12} {image.stat().st_size:>9} bytes  sha256 {before[image][:16]}…")
         self._vendor()
-        for image in images:
-            self._one_image(image, before[image])
+        for number, image in enumerate(images):
+            self._one_image(image, before[image], full=number == 0)
         self._tamper(images[0])
         self._title("6. Detached: the original files are back")
         for image in images:
@@ -73,19 +75,20 @@ class Journey:
         self._call("verify", "disk.img", "--policy", "policy.json", code=NO_GRAFT)
         self.shown.append("an image without a graft is refused")
 
-    def _one_image(self, image: Path, before: str) -> None:
+    def _one_image(self, image: Path, before: str, *, full: bool) -> None:
         self._title(f"3. {image.name}: graft the clock, look at it, verify it, boot it")
         name = image.name
         self._call("attach", name, str(example("clock")), "--key", "vendor.key")
         if _sha256(image) == before:
             raise DemoError("attach did not change the file", file=image)
         self._call("list", name)
-        self._call("inspect", name, show=6)
-        self._call("verify", name, "--policy", "policy.json")
+        self._call("inspect", name, head=60 if full else 4)
+        self._call("verify", name, "--policy", "policy.json", tail=0 if full else 1)
         boot = ("run", name, "--policy", "policy.json", "--cpu", self.cpu, "--timeout", "30")
         self._title(f"4. {image.name}: what the guest prints without the extension, and with it")
         plain = self._call(*boot, "--without-extensions")
         grafted = self._call(*boot)
+        self.engines.update(line.rpartition(" on ")[2] for line in grafted.splitlines() if line.startswith("ended:"))
         _expect(plain, "clock: absent", image)
         _expect(grafted, "clock: 0x", image)
         self.shown.append(f"{name}: booted, the guest found the clock only with the extension")
@@ -94,7 +97,7 @@ class Journey:
         self._title(f"5. One byte of {image.name} changed: refused, nothing is started")
         _flip(image, DATA_OFFSET + 4711)
         self._call("verify", image.name, "--policy", "policy.json", code=CONTENT_DIFFERS)
-        self._call("run", image.name, "--policy", "policy.json", "--cpu", self.cpu, code=CONTENT_DIFFERS, show=3)
+        self._call("run", image.name, "--policy", "policy.json", "--cpu", self.cpu, code=CONTENT_DIFFERS, tail=1)
         _flip(image, DATA_OFFSET + 4711)
         self.shown.append(f"{image.name}: one changed byte, refused with exit {CONTENT_DIFFERS}")
 
@@ -109,8 +112,8 @@ class Journey:
     def _title(self, text: str) -> None:
         self.say(f"\n== {text}")
 
-    def _call(self, *args: str, code: int = 0, show: int = 40) -> str:
-        """Run ``vmgraft`` and show what it printed; return that."""
+    def _call(self, *args: str, code: int = 0, head: int = 40, tail: int = 0) -> str:
+        """Run ``vmgraft``, show the first or the last lines of what it printed, and return all of it."""
         self.say("$ vmgraft " + " ".join(_shorten(args, self.folder)))
         try:
             done = subprocess.run(
@@ -121,16 +124,19 @@ class Journey:
         except subprocess.TimeoutExpired as error:
             raise DemoError(f"vmgraft {args[0]} did not end within {STEP_TIMEOUT_S} s") from error
         lines = (done.stdout + done.stderr).splitlines()
-        for line in lines[:show]:
+        shown = lines[-tail:] if tail else lines[:head]
+        if tail and len(lines) > tail:
+            self.say(f"   … {len(lines) - tail} lines before")
+        for line in shown:
             self.say(f"   {line}")
-        if len(lines) > show:
-            self.say(f"   … {len(lines) - show} more lines")
+        if not tail and len(lines) > head:
+            self.say(f"   … {len(lines) - head} more lines")
         if done.returncode != code:
             hint = next((line.partition("hint:")[2].strip() for line in lines if line.startswith("hint:")), None)
             raise DemoError(f"vmgraft {args[0]} ended with exit {done.returncode}, not {code}", hint=hint)
         if code:
             self.say(f"   (exit {code}, as it must)")
-        return done.stdout
+        return "\n".join(lines)
 
 
 def _shorten(args: Sequence[str], folder: Path) -> list[str]:

@@ -141,6 +141,8 @@ def _decode(text: Any, limit: int, field: str, file: _PathOrNone) -> bytes:
         data = base64.b64decode(standard, validate=True)
     except binascii.Error as exc:
         raise BadSignatureError("not base64", file=file, field=field) from exc
+    if len(data) > limit:
+        raise BadSignatureError(f"longer than {limit} bytes", file=file, field=field)
     if base64.b64encode(data).decode("ascii") != standard:
         raise BadSignatureError("not canonical base64", file=file, field=field)
     return data

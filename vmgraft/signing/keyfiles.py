@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import stat
 from collections.abc import Callable
 from dataclasses import dataclass
 from os import PathLike
@@ -12,6 +11,7 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 from vmgraft.errors import FileError, UnsupportedError, UsageError
+from vmgraft.signing.files import read_regular
 from vmgraft.signing.keys import MAX_PEM, PrivateKey, PublicKey, is_encrypted, private_from_pem, public_from_pem
 
 #: Environment variable looked at when neither a passphrase file nor a descriptor was named.
@@ -103,14 +103,7 @@ def key_path(reference: str | PathLike[str]) -> Path:
 
 
 def _read_key(path: Path) -> bytes:
-    try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-        with open(fd, "rb") as stream:
-            if not stat.S_ISREG(os.fstat(fd).st_mode):
-                raise FileError("not a regular file", file=path)
-            return stream.read(MAX_PEM + 1)
-    except OSError as exc:
-        raise FileError(f"the key cannot be read: {exc.strerror}", file=path) from exc
+    return read_regular(path, MAX_PEM, what="the key", error=FileError)
 
 
 def load_private(reference: str | PathLike[str], passphrase: PassphraseSource | None = None) -> PrivateKey:

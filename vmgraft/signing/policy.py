@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import stat
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -20,6 +19,7 @@ from vmgraft.errors import PolicyError, UntrustedSignerError
 from vmgraft.schemas import strict_json, validate
 from vmgraft.signing.capabilities import Capability, parse_capability
 from vmgraft.signing.contract import Limits
+from vmgraft.signing.files import read_regular
 from vmgraft.signing.keys import PublicKey, public_from_pem
 from vmgraft.signing.manifest import limits_from
 from vmgraft.signing.scopes import ImageScope, Reach, extension_in_scope
@@ -182,25 +182,13 @@ def load_policy(path: str | PathLike[str]) -> Policy:
     Raises:
         PolicyError: missing, a symbolic link, not a regular file, over 4 MiB, malformed, or contradicting itself.
     """
-    return parse_policy(_read(Path(path)), file=path)
-
-
-def _read(path: Path) -> bytes:
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
-    except FileNotFoundError as exc:
-        raise PolicyError("there is no policy, so nothing is trusted", file=path, hint="vmgraft policy init") from exc
-    except OSError as exc:
-        if path.is_symlink():
-            raise PolicyError("a policy must not be a symbolic link", file=path) from exc
-        raise PolicyError(f"the policy cannot be read: {exc.strerror}", file=path) from exc
-    try:
-        with open(fd, "rb") as stream:
-            if not stat.S_ISREG(os.fstat(fd).st_mode):
-                raise PolicyError("a policy must be a regular file", file=path)
-            return stream.read(MAX_POLICY + 1)
-    except OSError as exc:
-        raise PolicyError(f"the policy cannot be read: {exc.strerror}", file=path) from exc
+        data = read_regular(Path(path), MAX_POLICY, what="the policy", error=PolicyError, follow=False)
+    except PolicyError as exc:
+        if isinstance(exc.__cause__, FileNotFoundError):
+            exc.hint = "nothing is trusted without a policy; make one with: vmgraft policy init"
+        raise
+    return parse_policy(data, file=path)
 
 
 def parse_policy(data: bytes, *, file: _PathOrNone = None) -> Policy:

@@ -8,6 +8,7 @@ import pytest
 from vmgraft.errors import CapabilityError, ExtensionFaultError, GraftFormatError, HostError
 from vmgraft.vmmhost.layer.proxy import State
 from vmgraft.vmmhost.layer.spec import GuestWindow, LayerLimits
+from vmgraft.vmmhost.layer.zygote import Zygote
 
 READ = '(func (export "on_pio_read") (param i32 i32) (result i64) {})'
 LOOP = READ.format("(loop br 0) unreachable")
@@ -159,7 +160,7 @@ def _bomb(wat, functions):
         f" (i32.rem_s (local.get {1 + i * 29 % locals_}) (local.get 0))))"
         for i in range(3500)
     )
-    body = f'(func (param i32) {"(local i32)" * locals_} (loop $l {steps} (br_if $l (local.get 5))))'
+    body = f"(func (param i32) {'(local i32)' * locals_} (loop $l {steps} (br_if $l (local.get 5))))"
     return wat(body * functions)
 
 
@@ -222,6 +223,17 @@ def test_start_that_fails_is_tried_again_as_often_as_allowed(bench, wat):
     with pytest.raises(ExtensionFaultError, match="on_start returned 3"):
         bench.one(module, on_fault="restart(2)")
     assert [record["action"] for record in bench.records("fault")] == ["restart", "restart", "stop"]
+
+
+def test_a_restart_without_a_zygote_stops_the_guest(bench, wat):
+    with Zygote.start() as zygote:
+        bench.zygote = zygote
+        proxy = bench.one(wat(TRAP), on_fault="restart(2)")
+        zygote.close()
+        assert proxy.pio_read(0x510, 1) == 0xFF
+    assert [record["kind"] for record in bench.records("fault")] == ["died", "start", "start"]
+    assert len(bench.stops) == 1
+    assert proxy.state is State.STOPPED
 
 
 def test_isolation_below_the_minimum_starts_nothing(bench, wat, monkeypatch):

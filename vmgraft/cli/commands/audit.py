@@ -127,13 +127,13 @@ def verify(image: Path, policy_path: Path, root: Path | None, quiet: bool, as_js
     """Check an image against a trust policy: signature, signers, content, payloads, freshness, capabilities."""
     from vmgraft.cli.exitcodes import exit_code
     from vmgraft.cli.output import emit_json, progress_bar
-    from vmgraft.cli.views import report_document, show_report
+    from vmgraft.cli.views import show_report, verdict_document
     from vmgraft.inspect.verdict import verify_image
 
     with progress_bar("verify", quiet=quiet or as_json) as bar:
         report = verify_image(image, policy_path, root=root, progress=bar)
     if as_json:
-        emit_json(report_document(report))
+        emit_json(verdict_document(report))
     else:
         show_report(report, image)
     return exit_code(report.error)

@@ -32,4 +32,5 @@ def demo(cpu: str, keep: Path | None) -> None:
     click.echo("\n== Shown")
     for item in journey.shown:
         click.echo(f"   {click.style('ok', fg='green')}  {item}")
+    click.echo(f"   guests ran on {', '.join(sorted(journey.engines))}")
     click.echo(f"   in {time.monotonic() - started:.1f} s")

@@ -94,7 +94,10 @@ BLANKS = (bytes(LOCATOR_SIZE), b" " * LOCATOR_SIZE)
 #: Name of the undo fact that holds the PVD's volume space size, in logical blocks.
 FACT_VOLUME_SIZE = "volume_space_size"
 #: How far behind the volume's end a record without footer is searched, in bytes.
-SCAN_LIMIT = 1 << 20
+SCAN_LIMIT = 64 << 20
+#: How much of it is looked at to recognise it, in bytes, and how many places are tried.
+TRACE_SIZE = 1 << 20
+MAX_TRACES = 16
 
 
 def round_up(value: int) -> int:

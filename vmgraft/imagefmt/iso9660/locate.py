@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from hashlib import sha256
+from itertools import islice
 
 from vmgraft.errors import GraftFormatError
 from vmgraft.imagefmt._layout import LOCATOR_SIZE, MAGIC
@@ -11,7 +13,7 @@ from vmgraft.imagefmt.contract import GraftState, Located, Locator, Placement, U
 from vmgraft.imagefmt.flatfile import FlatFile
 from vmgraft.imagefmt.iso9660 import _layout as layout
 from vmgraft.imagefmt.iso9660._layout import Appendix
-from vmgraft.imagefmt.locator import parse_locator
+from vmgraft.imagefmt.locator import pack_locator, parse_locator
 from vmgraft.imagefmt.record import parse_record_head
 from vmgraft.imagefmt.sidecar import locate_sidecar, stray_sidecar
 
@@ -54,10 +56,12 @@ def find_graft(file: FlatFile, volume_space_size: int) -> Found:
         return _assess(file, volume_space_size, field, primary, layout.LOCATOR_OFFSET)
     if isinstance(footer, Locator):
         return _assess(file, volume_space_size, field, footer, footer_offset)
-    problem = primary or footer
-    if problem is not None:
-        return _damaged(file, problem, field)
-    return _find_traces(file, volume_space_size, field)
+    if isinstance(primary, str):
+        return _damaged(file, primary, field)
+    found = _find_traces(file, volume_space_size, field)
+    if isinstance(footer, str) and found.located.state is not GraftState.CUT:
+        return _damaged(file, footer, field)
+    return found
 
 
 def _damaged(file: FlatFile, problem: str, field: bytes) -> Found:
@@ -91,7 +95,7 @@ def _assess(file: FlatFile, volume_space_size: int, field: bytes, locator: Locat
         located = locate_sidecar(file.path, locator, offset)
     undo = _undo(file, located.record, place.record)
     # A sidecar needs a footer only where the descriptor's field was taken.
-    has_footer = inline or not field.startswith(MAGIC)
+    has_footer = inline or offset != layout.LOCATOR_OFFSET
     found = Found(
         located,
         content_size=min(locator.file_size, file.size),
@@ -142,13 +146,13 @@ def _footer_is(file: FlatFile, place: Appendix, locator: Locator) -> bool:
 def _original_problem(undo: Undo, locator: Locator, volume_space_size: int, field: bytes) -> tuple[GraftState, str]:
     """Compare the descriptor with what UNDO says about the original."""
     original = undo.patches[0].data if undo.patches else None
-    in_descriptor = field.startswith(MAGIC)
+    in_descriptor = field == pack_locator(locator)
     resized = undo.facts.get(layout.FACT_VOLUME_SIZE) != volume_space_size
     foreign = original is not None and not in_descriptor and field != original
     checks = (
         (undo.file_size != locator.file_size, GraftState.DAMAGED, "UNDO and locator disagree about the original size"),
         (resized, GraftState.OVERWRITTEN, "another program changed the volume's size since attach"),
-        (in_descriptor and original is None, GraftState.DAMAGED, "UNDO lacks what stood in the volume descriptor"),
+        (field.startswith(MAGIC) and original is None, GraftState.DAMAGED, "UNDO lacks what stood in the volume descriptor"),
         (foreign, GraftState.DAMAGED, "the locator in the volume descriptor was overwritten"),
         (
             original is None,
@@ -177,20 +181,28 @@ def _undo(file: FlatFile, record: bytes | None, offset: int) -> Undo | None:
 def _find_traces(file: FlatFile, volume_space_size: int, field: bytes) -> Found:
     """Look for a record without locator, and for a sidecar that nothing points to."""
     volume_end = volume_space_size * layout.SECTOR_SIZE
-    window = file.read(volume_end, layout.SCAN_LIMIT)
-    for position in range(0, len(window), layout.SECTOR_SIZE):
-        if not window.startswith(MAGIC, position):
-            continue
-        offset = volume_end + position
-        found = _trace(file, window[position:], offset, field)
+    for offset in islice(_marks(file, volume_end), layout.MAX_TRACES):
+        found = _trace(file, file.read(offset, layout.TRACE_SIZE), offset, field)
         if found is not None:
             return found
     stray = stray_sidecar(file.path)
-    if stray is not None:
-        detail = f"{stray.path.name} lies beside the image, but nothing in the image points to it"
-        located = Located(GraftState.ORPHANED, detail, stray.locator, None, stray.record)
-        return Found(located, file.size, None, field, file.size)
-    return Found(Located(GraftState.NONE), file.size, None, field, file.size)
+    if stray is None or stray.locator is None:
+        return Found(Located(GraftState.NONE), file.size, None, field, file.size)
+    undo = _undo(file, stray.record, 0)
+    if undo is not None and undo.patches and undo.file_size == file.size and field != undo.patches[0].data:
+        return _damaged(file, "the locator in the volume descriptor was overwritten", field)
+    detail = f"{stray.path.name} lies beside the image, but nothing in the image points to it"
+    located = Located(GraftState.ORPHANED, detail, stray.locator, None, stray.record)
+    return Found(located, file.size, None, field, file.size)
+
+
+def _marks(file: FlatFile, volume_end: int) -> Iterator[int]:
+    """Yield the sectors behind the volume that begin with our magic."""
+    for start in range(volume_end, min(file.size, volume_end + layout.SCAN_LIMIT), layout.TRACE_SIZE):
+        window = file.read(start, layout.TRACE_SIZE)
+        for position in range(0, len(window), layout.SECTOR_SIZE):
+            if window.startswith(MAGIC, position):
+                yield start + position
 
 
 def _trace(file: FlatFile, head: bytes, offset: int, field: bytes) -> Found | None:

@@ -69,15 +69,28 @@ class BootPlan:
 def find_boot(disk: VerifiedDisk, source: BootSource) -> BootPlan:
     """Return what to boot from ``disk``.
 
-    ``AUTO`` takes the CD entry of an ISO 9660 image that has one, else the master boot record.
+    ``AUTO`` takes the CD entry of an ISO 9660 image that has a bootable one, else the master boot record.
 
     Raises:
         NotBootableError: when there is nothing this host can boot.
         ContentMismatchError: when the content is not what was verified.
     """
-    if source is BootSource.CDROM or (source is BootSource.AUTO and _has_boot_record(disk)):
+    if source is BootSource.DISK or (source is BootSource.AUTO and not _has_boot_record(disk)):
+        return _mbr(disk)
+    try:
         return _el_torito(disk)
-    return _mbr(disk)
+    except NotBootableError as error:
+        if source is BootSource.CDROM:
+            raise
+        return _mbr_instead(disk, error)
+
+
+def _mbr_instead(disk: VerifiedDisk, cause: NotBootableError) -> BootPlan:
+    """Take the disk side of a hybrid image whose CD side does not boot; without one, the CD's error stands."""
+    try:
+        return _mbr(disk)
+    except NotBootableError:
+        raise cause from None
 
 
 def _mbr(disk: VerifiedDisk) -> BootPlan:
@@ -125,7 +138,9 @@ def _check_validation(raw: bytes, offset: int) -> None:
     header, platform, _reserved, _ident, _checksum, key_55, key_aa = _VALIDATION.unpack(raw)
     if header != 1 or (key_55, key_aa) != (0x55, 0xAA) or sum(struct.unpack("<16H", raw)) & 0xFFFF:
         hint = "the image is damaged"
-        raise NotBootableError("the boot catalogue's validation entry is wrong", offset=offset, field="catalogue", hint=hint)
+        raise NotBootableError(
+            "the boot catalogue's validation entry is wrong", offset=offset, field="catalogue", hint=hint
+        )
     if platform != _PLATFORM_X86:
         hint = "this host boots BIOS entries; the first one here is for another platform"
         raise NotBootableError(f"boot platform {platform:#x} is not x86", offset=offset, field="platform", hint=hint)
@@ -137,7 +152,9 @@ def _initial_entry(disk: VerifiedDisk, raw: bytes, offset: int) -> BootPlan:
         raise NotBootableError("the default boot entry is not bootable", offset=offset, field="boot indicator")
     if media & 0x0F:
         hint = "floppy and hard-disk emulation are not offered; try --boot disk"
-        raise NotBootableError(f"boot media type {media & 15} is not no-emulation", offset=offset, field="media", hint=hint)
+        raise NotBootableError(
+            f"boot media type {media & 15} is not no-emulation", offset=offset, field="media", hint=hint
+        )
     segment = segment or _DEFAULT_SEGMENT
     address, size = segment << 4, count * SECTOR
     if not size or address < LOAD_MIN or address + size > CONVENTIONAL_END:

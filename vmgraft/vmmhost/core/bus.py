@@ -159,11 +159,20 @@ class Bus:
         """Return everybody but the core who claimed something, sorted."""
         return tuple(sorted(self._owners))
 
+    def trial(self) -> Bus:
+        """Return a bus with the same claims and no machine, on which further claims can be tried."""
+        copy = Bus(self._ram_end)
+        copy._pio, copy._mmio, copy._hypercalls = [*self._pio], [*self._mmio], [*self._hypercalls]
+        copy._ports = dict(self._ports)
+        return copy
+
     def _note(self, owner: str) -> None:
         if owner != CORE:
             self._owners.add(owner)
 
-    def _check(self, what: str, claim: Claim, others: list[_Pio] | list[Claim | _Mmio] | list[Claim | _Hypercall]) -> None:
+    def _check(
+        self, what: str, claim: Claim, others: list[_Pio] | list[Claim | _Mmio] | list[Claim | _Hypercall]
+    ) -> None:
         for other in others:
             if claim.first <= other.last and other.first <= claim.last:
                 self._refuse(what, claim, other)

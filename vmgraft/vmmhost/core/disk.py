@@ -118,7 +118,9 @@ class VerifiedDisk:
         block = self._reader.read(offset, wanted)
         if len(block) != wanted or not self._check(index, block):
             message = f"block {index} of the guest content is not what was verified"
-            raise ContentMismatchError(message, offset=offset, field=f"block {index}", hint="the image changed; verify it")
+            raise ContentMismatchError(
+                message, offset=offset, field=f"block {index}", hint="the image changed; verify it"
+            )
         self.blocks_checked += 1
         self._cache[index] = block
         if len(self._cache) > CACHE_BLOCKS:

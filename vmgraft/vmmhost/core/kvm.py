@@ -279,7 +279,9 @@ def _internal(area: mmap.mmap) -> VcpuExit:
 
 
 def _fail_entry(area: mmap.mmap) -> VcpuExit:
-    return FailedExit(f"the CPU refused to enter the guest, code {abi.EXIT_HARDWARE.unpack_from(area, abi.RUN_UNION)[0]:#x}")
+    return FailedExit(
+        f"the CPU refused to enter the guest, code {abi.EXIT_HARDWARE.unpack_from(area, abi.RUN_UNION)[0]:#x}"
+    )
 
 
 def _system_event(area: mmap.mmap) -> VcpuExit:

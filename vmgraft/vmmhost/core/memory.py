@@ -50,7 +50,7 @@ class GuestRam:
         if not MIN_MIB <= mib <= MAX_MIB:
             raise UsageError(f"guest memory of {mib} MiB is out of bounds", hint=f"from {MIN_MIB} to {MAX_MIB} MiB")
         self.size = mib * MIB
-        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | mmap.MAP_NORESERVE
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
         self.map = mmap.mmap(-1, self.size, flags=flags)
         #: Told (gpa, length) of every host-side write; an engine that caches translated code sets it.
         self.written: Callable[[int, int], None] | None = None

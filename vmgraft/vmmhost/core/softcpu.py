@@ -15,7 +15,7 @@ from vmgraft.errors import EngineUnavailableError
 from vmgraft.vmmhost.core.contract import EndReason
 from vmgraft.vmmhost.core.cpu import FLAG_INTERRUPT, GENERAL, POLL_SECONDS, SEGMENTS, Cpu, CpuEnd, Dispatcher
 from vmgraft.vmmhost.core.memory import HIGH_BASE, LOW_END, ROM_BASE, GuestRam
-from vmgraft.vmmhost.core.softint import DeliveryError, Deliverer
+from vmgraft.vmmhost.core.softint import WITH_ERROR_CODE, Deliverer, DeliveryError
 from vmgraft.vmmhost.core.softirq import PicPair, PicPorts, Pit
 
 INSTALL_HINT: Final = "pip install 'vmgraft[soft]'"
@@ -23,20 +23,23 @@ INSTALL_HINT: Final = "pip install 'vmgraft[soft]'"
 INSTRUCTION_NS: Final = 20
 #: Virtual nanoseconds of a port access and of an interrupt, so that polling guests see time go by.
 PIO_NS: Final = 1_000
-INTERRUPT_NS: Final = 2_000
+INTERRUPT_NS: Final = 50_000
 #: Instructions in a slice, at most and at least.
 SLICE_MAX: Final = 200_000
 SLICE_MIN: Final = 1_000
 _NEVER: Final = 0xFFFFFFF0  # the address Unicorn would stop at; nothing is mapped executable there
 _HLT: Final = 0xF4
-_CLI: Final = 0xFA
 _STI: Final = 0xFB
 _POP_SS: Final = 0x17
 _MOV_SREG: Final = 0x8E
+_INT: Final = 0xCD
 _EFLAGS_VM: Final = 1 << 17
 _EFER: Final = 0xC0000080
 _READ_WRITE_EXECUTE: Final = 7
 _FOUR_GIB: Final = 1 << 32
+#: HLT addresses watched before the watch list starts anew, and port accesses in a slice.
+_WATCHED_MAX: Final = 1024
+_ACCESSES_MAX: Final = 4096
 
 
 def load_unicorn() -> tuple[ModuleType, ModuleType]:
@@ -64,13 +67,17 @@ class SoftCpu(Cpu):
     def __init__(self, ram: GuestRam) -> None:
         super().__init__(ram)
         self._unicorn, self._names = load_unicorn()
-        self._uc = self._unicorn.Uc(self._unicorn.UC_ARCH_X86, self._unicorn.UC_MODE_32)
+        self._uc: Any = self._unicorn.Uc(self._unicorn.UC_ARCH_X86, self._unicorn.UC_MODE_32)
         self._ids = {name: getattr(self._names, f"UC_X86_REG_{'E' + name[1:].upper()}") for name in GENERAL}
         self._ids["rflags"] = self._names.UC_X86_REG_EFLAGS
         self._segment_ids = {name: getattr(self._names, f"UC_X86_REG_{name.upper()}") for name in SEGMENTS}
         self._now = 0
         self._vector: int | None = None
-        self._last_eip = -1
+        self._accesses = 0
+        self._single_step = False
+        self._watched: dict[int, int] = {}  # linear address of a possible HLT -> Unicorn hook
+        self._to_watch: int | None = None
+        self._halt_at: int | None = None
         self._dispatcher: Dispatcher | None = None
         self.pics = PicPair()
         self.pit = Pit(self.pics, self.now_ns)
@@ -79,7 +86,7 @@ class SoftCpu(Cpu):
             (0xA0, 0xA1, PicPorts(self.pics, slave=True)),
             (0x40, 0x43, self.pit),
         )
-        self._deliverer = Deliverer(self._uc, self._names, self.segment_base)
+        self._deliverer: Any = Deliverer(self._uc, self._names, self.segment_base)
         self._map_memory()
         self._add_hooks()
         self._reset()
@@ -100,6 +107,7 @@ class SoftCpu(Cpu):
         uc.hook_add(unicorn.UC_HOOK_INSN, self._out, None, 1, 0, names.UC_X86_INS_OUT)
         uc.hook_add(unicorn.UC_HOOK_INSN, self._in, None, 1, 0, names.UC_X86_INS_IN)
         uc.hook_add(unicorn.UC_HOOK_INTR, self._interrupt)
+        uc.hook_add(unicorn.UC_HOOK_EDGE_GENERATED, self._translated)
 
     def _reset(self) -> None:
         uc, names = self._uc, self._names
@@ -155,32 +163,33 @@ class SoftCpu(Cpu):
             raise RuntimeError("the guest ran outside run()")
         self.exits[kind] += 1
         self._now += PIO_NS
+        self._accesses += 1
         return self._dispatcher
 
     def _out(self, uc: Any, port: int, size: int, value: int, _data: Any) -> None:
         dispatcher = self._count("pio")
         dispatcher.pio_write(port, size, value & ((1 << (8 * size)) - 1))
-        if dispatcher.stopping:
+        if dispatcher.stopping or self._accesses >= _ACCESSES_MAX:
             uc.emu_stop()
 
     def _in(self, uc: Any, port: int, size: int, _data: Any) -> int:
         dispatcher = self._count("pio")
         value = dispatcher.pio_read(port, size) & ((1 << (8 * size)) - 1)
-        if dispatcher.stopping:
+        if dispatcher.stopping or self._accesses >= _ACCESSES_MAX:
             uc.emu_stop()
         return value
 
     def _mmio_read(self, uc: Any, offset: int, size: int, start: int) -> int:
         dispatcher = self._count("mmio")
         value = dispatcher.mmio_read(start + offset, size) & ((1 << (8 * size)) - 1)
-        if dispatcher.stopping:
+        if dispatcher.stopping or self._accesses >= _ACCESSES_MAX:
             uc.emu_stop()
         return value
 
     def _mmio_write(self, uc: Any, offset: int, size: int, value: int, start: int) -> None:
         dispatcher = self._count("mmio")
         dispatcher.mmio_write(start + offset, size, value & ((1 << (8 * size)) - 1))
-        if dispatcher.stopping:
+        if dispatcher.stopping or self._accesses >= _ACCESSES_MAX:
             uc.emu_stop()
 
     def _interrupt(self, uc: Any, vector: int, _data: Any) -> None:
@@ -221,31 +230,36 @@ class SoftCpu(Cpu):
         count = SLICE_MAX
         if self.pit.due is not None:
             count = max(SLICE_MIN, min(count, (self.pit.due - self._now) // INSTRUCTION_NS))
-        if self._shadowed():
+        if self._single_step:
             count = 1
-        self._vector = None
+        self._vector = self._to_watch = self._halt_at = None
+        self._accesses = 0
         self._uc.emu_start(self._pc(), _NEVER, count=count)
+        if self._to_watch is not None:
+            self._watch(self._to_watch)
         self._now += INTERRUPT_NS if self._vector is not None else count * INSTRUCTION_NS
         self.exits["slice"] += 1
 
     def _pc(self) -> int:
-        register = self._names.UC_X86_REG_RIP if self._uc.msr_read(_EFER) >> 10 & 1 else self._names.UC_X86_REG_EIP
-        return int(self._uc.reg_read(register))
+        """Return the instruction pointer's low 32 bits: a 32-bit engine shows no more, in long mode too."""
+        return int(self._uc.reg_read(self._names.UC_X86_REG_EIP))
 
     def _after_slice(self, dispatcher: Dispatcher) -> CpuEnd | None:
         if self._vector is not None:
             self.exits["int"] += 1
-            self._deliverer.deliver(self._vector, exception=not self._software_interrupt())
+            self._deliverer.deliver(self._vector, exception=self._fault(self._vector))
             return None
-        if self._halted():
+        if self._halt_at is not None and self.segment_base("cs") + self._pc() == self._halt_at + 1:
             if not self.get("rflags") & FLAG_INTERRUPT:
                 return CpuEnd(EndReason.HALT, f"HLT with interrupts off at {self._where()}")
             self._idle(dispatcher)
             if dispatcher.stopping:
                 return None
         self.pit.advance(self._now)
-        if self.pics.pending() and self.get("rflags") & FLAG_INTERRUPT and not self._shadowed():
-            vector = self.pics.acknowledge()
+        self._single_step = False
+        if self.pics.pending() and self.get("rflags") & FLAG_INTERRUPT:
+            self._single_step = self._shadowed()
+            vector = None if self._single_step else self.pics.acknowledge()
             if vector is not None:
                 self.exits["irq"] += 1
                 self._deliverer.deliver(vector, exception=False)
@@ -262,46 +276,58 @@ class SoftCpu(Cpu):
             self.pit.advance(self._now)
             dispatcher.poll()
 
+    # --- telling HLT from a slice that was used up --------------------------------------------------------------------
+
+    def _translated(self, uc: Any, block: Any, _before: Any, _data: Any) -> None:
+        """Stop before a fresh block that may end in HLT runs for the first time, so that its last byte is watched.
+
+        Unicorn does not tell why it stopped. A hook on the very byte does: it is called only if an instruction starts
+        there, and F4 as an instruction is HLT.
+        """
+        last = block.pc + block.size - 1
+        if last not in self._watched and self._code(last, 1) == bytes((_HLT,)):
+            self._to_watch = last
+            uc.emu_stop()
+
+    def _watch(self, address: int) -> None:
+        if len(self._watched) >= _WATCHED_MAX:
+            for hook in self._watched.values():
+                self._uc.hook_del(hook)
+            self._watched.clear()
+            self._uc.ctl_flush_tb()
+        hook = self._uc.hook_add(self._unicorn.UC_HOOK_CODE, self._before_halt, None, address, address)
+        self._watched[address] = hook
+        self._uc.ctl_remove_cache(address, address + 1)
+
+    def _before_halt(self, _uc: Any, address: int, size: int, _data: Any) -> None:
+        if size == 1 and self._code(address, 1) == bytes((_HLT,)):
+            self._halt_at = address
+
     # --- looking at the code around the instruction pointer ---------------------------------------------------------
 
-    def _around(self, before: int, after: int) -> bytes:
-        """Return code bytes around the instruction pointer, or nothing where they are out of reach."""
+    def _code(self, linear: int, size: int) -> bytes:
+        """Return code bytes, or nothing where they are out of reach."""
         try:
-            base = self.segment_base("cs")
-            return bytes(self._uc.mem_read(base + self._pc() - before, before + after))
-        except self._unicorn.UcError:
+            return bytes(self._uc.mem_read(self._deliverer.physical(linear), size))
+        except (self._unicorn.UcError, DeliveryError):
             return b""
 
-    def _software_interrupt(self) -> bool:
-        """Whether the CPU stands behind INT n, INT3, INTO or INT1, and not at a faulting instruction."""
-        code = self._around(2, 0)
-        return len(code) == 2 and (code[0] == 0xCD or code[1] in (0xCC, 0xCE, 0xF1))
+    def _behind(self) -> bytes:
+        """Return the two bytes before the instruction pointer."""
+        return self._code(self.segment_base("cs") + self._pc() - 2, 2)
+
+    def _fault(self, vector: int) -> bool:
+        """Whether this interrupt is a fault with an error code, and not an INT n that the CPU just passed."""
+        if vector not in WITH_ERROR_CODE or not self.protected():
+            return False
+        return self._behind() != bytes((_INT, vector))
 
     def _shadowed(self) -> bool:
         """Whether the last instruction holds interrupts off for one more: STI, MOV SS, POP SS."""
-        code = self._around(2, 0)
+        code = self._behind()
         if len(code) < 2:
             return False
         return code[1] in (_STI, _POP_SS) or (code[0] == _MOV_SREG and code[1] & 0xF8 == 0xD0)
-
-    def _halted(self) -> bool:
-        """Whether the slice ended in HLT rather than because its instructions were used up.
-
-        Unicorn does not tell. A byte F4 just before the instruction pointer is HLT, or the tail of another instruction
-        at which the count happened to end. With interrupts on, taking it for HLT only costs idle time. With interrupts
-        off it must look like the end of a program: after CLI, before a jump back to it, or met twice in a row.
-        """
-        code = self._around(2, 3)
-        if len(code) < 5 or code[1] != _HLT:
-            self._last_eip = -1
-            return False
-        if self.get("rflags") & FLAG_INTERRUPT or code[0] == _CLI or code[2] == _HLT:
-            return True
-        jumps_back = code[2] == 0xEB and code[3] in (0xFB, 0xFC, 0xFD, 0xFE)
-        jumps_back = jumps_back or (code[2] == 0xE9 and code[4] == 0xFF)
-        again = self._last_eip == self._pc()
-        self._last_eip = self._pc()
-        return jumps_back or again
 
     def _where(self) -> str:
         return f"{self.segment_base('cs'):#x}:{self._pc():#x}"
@@ -309,4 +335,4 @@ class SoftCpu(Cpu):
     def close(self) -> None:
         """Drop the engine; unmaps nothing of the RAM, which is not its own."""
         self.ram.written = None
-        self._uc.release_handle()
+        self._uc = self._deliverer = None

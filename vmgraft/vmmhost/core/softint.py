@@ -50,14 +50,14 @@ class Deliverer:
         return int(table[1]), int(table[2])
 
     def deliver(self, vector: int, *, exception: bool) -> None:
-        """Enter the handler of ``vector``.
+        """Enter the handler of ``vector``; ``exception`` says that the CPU would push an error code.
 
         Raises:
             DeliveryError: when the tables do not allow it, or it is beyond this engine.
         """
         if not self._get("CR0") & _CR0_PE:
             self._real(vector)
-        elif exception and vector in WITH_ERROR_CODE:
+        elif exception:
             raise DeliveryError(f"exception {vector} with an error code")
         elif self._uc.msr_read(_EFER) & _EFER_LMA:
             self._long(vector)
@@ -65,16 +65,24 @@ class Deliverer:
             self._protected(vector)
 
     def _read(self, linear: int, size: int) -> bytes:
-        return bytes(self._uc.mem_read(self._physical(linear, size), size))
+        return bytes(self._uc.mem_read(self._within_page(linear, size), size))
 
     def _write(self, linear: int, data: bytes) -> None:
-        self._uc.mem_write(self._physical(linear, len(data)), data)
+        self._uc.mem_write(self._within_page(linear, len(data)), data)
 
-    def _physical(self, linear: int, size: int) -> int:
-        if not self._get("CR0") >> 31:
+    def physical(self, linear: int) -> int:
+        """Return the guest-physical address of a linear one, through the page tables when paging is on.
+
+        Raises:
+            DeliveryError: when no page is mapped there.
+        """
+        if not self._get("CR0") >> 31 & 1:
             return linear
-        physical = walk(self._get("CR3"), self._get("CR4"), self._uc.msr_read(_EFER), linear, self._uc.mem_read)
-        if (linear & 0xFFF) + size > 0x1000:
+        return walk(self._get("CR3"), self._get("CR4"), self._uc.msr_read(_EFER), linear, self._uc.mem_read)
+
+    def _within_page(self, linear: int, size: int) -> int:
+        physical = self.physical(linear)
+        if physical != linear and (linear & 0xFFF) + size > 0x1000:
             raise DeliveryError("an interrupt frame or gate crosses a page")
         return physical
 
@@ -127,13 +135,15 @@ class Deliverer:
         if kind & ~1 != GATE_INTERRUPT_32 or gate[4] & 7:
             raise DeliveryError(f"the gate of interrupt {vector} has type {kind:#x}, stack {gate[4] & 7}")
         target = int.from_bytes(gate[:2] + gate[6:12], "little")
-        flags, rsp = self._get("EFLAGS"), self._get("RSP")
-        frame = struct.pack("<5Q", self._get("RIP"), self._get("CS"), flags, rsp, self._get("SS"))
+        flags, rsp = self._get("EFLAGS"), self._get("ESP")
+        frame = struct.pack("<5Q", self._get("EIP"), self._get("CS"), flags, rsp, self._get("SS"))
         top = (rsp & ~0xF) - len(frame)
+        if target >> 32 or top < 0:
+            raise DeliveryError(f"the handler of interrupt {vector} or its stack lies beyond 4 GiB")
         self._write(top, frame)
-        self._set("RSP", top)
+        self._set("ESP", top)
         self._enter(flags, kind)
-        self._set("RIP", target)
+        self._set("EIP", target)
 
     def _enter(self, flags: int, kind: int) -> None:
         cleared = FLAG_TRAP | _FLAG_NESTED | (0 if kind & 1 else FLAG_INTERRUPT)
@@ -166,6 +176,8 @@ def walk(cr3: int, cr4: int, efer: int, linear: int, read: Callable[[int, int], 
         if not entry & 1:
             raise DeliveryError(f"no page for address {linear:#x}")
         table = entry & (0xFFFFF000 if size == 4 else 0xFFFFFFFFFF000)
-        if low == 12 or (entry & 0x80 and low in (21, 22, 30) and large_allowed and not (low == 30 and len(levels) == 3)):
+        if low == 12 or (
+            entry & 0x80 and low in (21, 22, 30) and large_allowed and not (low == 30 and len(levels) == 3)
+        ):
             return (table & ~((1 << low) - 1)) | (linear & ((1 << low) - 1))
     raise DeliveryError(f"no page for address {linear:#x}")

@@ -146,9 +146,11 @@ class Machine:
         return invoke
 
     def _fail_raw(self, error: int | None, trap: ctypes.c_void_p, _keep: object) -> NoReturn:
-        if error:
+        if error:  # what an import raised comes back as an error, not as a trap
             pointer = ctypes.cast(error, ctypes.POINTER(raw.wasmtime_error_t))
             text = str(wasmtime.WasmtimeError._from_ptr(pointer))
+            if self.pending:
+                raise self.pending.pop()
             raise ModuleTrapError(first_line(text))
         owned = wasmtime.Trap._from_ptr(ctypes.cast(trap, ctypes.POINTER(raw.wasm_trap_t)))
         trap.value = None

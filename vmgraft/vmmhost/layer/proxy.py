@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, Final
 
-from vmgraft.errors import ExtensionFaultError
+from vmgraft.errors import ExtensionFaultError, VmgraftError
 from vmgraft.vmmhost.core.contract import GuestMemory
 from vmgraft.vmmhost.layer.abi import MASK32, MASK64, MIN_TICK_NS, Event, Hook
 from vmgraft.vmmhost.layer.faults import FaultKind, WorkerFaultError
@@ -115,6 +115,7 @@ class ExtensionProxy:
             self._handle(fault, starting=True)
         except BaseException as error:
             self._drop_worker()
+            self.state = State.STOPPED
             self._record("extension-refused", detail=str(error))
             raise
 
@@ -289,6 +290,10 @@ class ExtensionProxy:
                 self._launch()
             except WorkerFaultError as again:
                 fault = again
+            except VmgraftError as error:
+                if starting:
+                    raise
+                fault = WorkerFaultError(FaultKind.START, error.message)  # the core's loop is no place for it
             else:
                 return
 

@@ -12,7 +12,7 @@ MIB = 1 << 20
 MAX_CONFIG_BYTES = 4096  #: schema ``manifest``, ``config``
 MAX_RANGES = 64  #: schema ``manifest``, ``capabilities``
 MAX_WINDOW_BYTES = 1 << 40
-_ON_FAULT = re.compile(r"^(?:(stop)|(detach)|restart\(([1-9][0-9]?)\))$")
+_ON_FAULT = re.compile(r"(?:(stop)|(detach)|restart\(([1-9][0-9]?)\))")
 
 
 class FaultAction(StrEnum):
@@ -37,7 +37,7 @@ class OnFault:
         Raises:
             UsageError: the text is none of these.
         """
-        match = _ON_FAULT.match(text)
+        match = _ON_FAULT.fullmatch(text)
         if match is None:
             raise UsageError(f"unknown fault action {text!r}", field="onFault", hint="use stop, detach or restart(n)")
         if match[1]:

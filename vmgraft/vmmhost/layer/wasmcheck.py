@@ -51,6 +51,8 @@ _NAMES: Final = {1: "type", 2: "import", 3: "function", 4: "table", 5: "memory",
 _NUMBER_TYPES: Final = frozenset({0x7F, 0x7E, 0x7D, 0x7C})
 _REF_TYPES: Final = frozenset({0x70, 0x6F})
 _START, _TAG = 8, 13
+#: Limits flags of proposals that the ABI does not have: threads, memory64, custom-page-sizes.
+_LIMIT_FLAGS: Final = {2: "shared memories", 4: "64-bit memories", 8: "custom page sizes"}
 _FUNC, _TABLE, _MEMORY, _GLOBAL = range(4)
 
 
@@ -237,9 +239,11 @@ class _Checker:
 
     def _limits(self, r: WasmReader, what: str) -> tuple[int, int | None]:
         flags = r.byte(f"{what} limits")
+        for bit, meaning in _LIMIT_FLAGS.items():
+            if flags & bit:
+                r.fail(f"{meaning} are not supported", f"{what} limits", offset=r.pos - 1)
         if flags > 1:
-            r.fail(f"{what} limits have flags 0x{flags:02x}", f"{what} limits", offset=r.pos - 1,
-                   hint="shared and 64-bit memories and custom page sizes are not supported")  # fmt: skip
+            r.fail(f"{what} limits have flags 0x{flags:02x}", f"{what} limits", offset=r.pos - 1)
         low = r.u32(f"{what} minimum")
         high = r.u32(f"{what} maximum") if flags else None
         if high is not None and high < low:

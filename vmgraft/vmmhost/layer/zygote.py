@@ -115,13 +115,13 @@ class Zygote:
 
         Args:
             memory_mib: Linear memory of its module, for its address space limit.
-            seconds: How long this may take.
+            seconds: How long this may take once the engine is loaded.
 
         Raises:
             HostError: the zygote is gone, or cannot fork.
         """
+        self.wait_ready()
         deadline = time.monotonic() + seconds
-        self.wait_ready(seconds)
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         try:
             try:

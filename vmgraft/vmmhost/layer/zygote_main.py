@@ -38,7 +38,7 @@ def main(control_fd: int, parent: int) -> None:
         prctl(PR_SET_DUMPABLE, 0)
     for number in (signal.SIGINT, signal.SIGHUP, signal.SIGQUIT):
         signal.signal(number, signal.SIG_IGN)
-    from vmgraft.vmmhost.layer.engine import fast_calls_work  # noqa: PLC0415 - after the guard above: it is slow
+    from vmgraft.vmmhost.layer.engine import fast_calls_work
 
     control = socket.socket(fileno=control_fd)
     zygote = _Zygote(control, fast=fast_calls_work())
@@ -52,7 +52,7 @@ class _Zygote:
         self.children: dict[int, int] = {}  # pidfd → PID
 
     def serve(self) -> None:
-        from vmgraft.vmmhost.layer import worker  # noqa: F401, PLC0415 - loaded once, for every child
+        from vmgraft.vmmhost.layer import worker  # noqa: F401 - loaded once, for every child
 
         gc.collect()
         gc.freeze()
@@ -94,7 +94,7 @@ class _Zygote:
             self.control.send(FAILED.pack(b"E", error.errno or 0))
             return
         if child is None:
-            from vmgraft.vmmhost.layer.worker import run_worker  # noqa: PLC0415 - loaded already
+            from vmgraft.vmmhost.layer.worker import run_worker
 
             run_worker(worker_socket, memory_mib, self.namespaces, fast=self.fast)
         os.close(worker_socket)

@@ -149,5 +149,3 @@ class Firmware:
         call.ax = 0
         call.dx = plan.drive
         return True
-
-

@@ -120,9 +120,7 @@ class System:
         if call.cx > _PROTECTED_MODE_COPY_MAX or not call.ram.readable(table, 0x30):
             return False
         raw = call.ram.read(table, 0x30)
-        source, target = (
-            int.from_bytes(raw[at + 2 : at + 5] + raw[at + 7 : at + 8], "little") for at in (0x10, 0x18)
-        )
+        source, target = (int.from_bytes(raw[at + 2 : at + 5] + raw[at + 7 : at + 8], "little") for at in (0x10, 0x18))
         if not call.ram.readable(source, size) or not call.ram.writable(target, size):
             return False
         call.ram.write(target, call.ram.read(source, size))

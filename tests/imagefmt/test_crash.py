@@ -1,0 +1,165 @@
+"""kill -9 and power loss at every step of attach and detach: always before or after, never between."""
+
+from hashlib import sha256
+from itertools import chain, combinations
+
+import pytest
+from imagefmt_helpers import (
+    attach,
+    content_of,
+    iso_bytes,
+    operations_of,
+    problem_of,
+    run_and_die,
+    sample_sections,
+    state_of,
+)
+
+from vmgraft.imagefmt.contract import GraftState, Placement
+from vmgraft.imagefmt.graft import detach_image
+from vmgraft.imagefmt.record import Section, SectionKind
+from vmgraft.imagefmt.sidecar import sidecar_path
+
+CASES = {
+    "raw inline": ("disk.img", bytes(range(256)) * 40 + b"odd", Placement.INLINE),
+    "raw sidecar": ("disk.img", bytes(range(256)) * 40, Placement.SIDECAR),
+    "iso inline": ("disc.iso", iso_bytes(), Placement.INLINE),
+    "iso inline, odd size": ("disc.iso", iso_bytes(tail=b"tail"), Placement.INLINE),
+    "iso inline, field taken": ("disc.iso", iso_bytes(field=b"x" * 512), Placement.INLINE),
+    "iso sidecar": ("disc.iso", iso_bytes(), Placement.SIDECAR),
+    "iso sidecar, field taken": ("disc.iso", iso_bytes(field=b"x" * 512), Placement.SIDECAR),
+}
+
+
+@pytest.fixture(params=list(CASES))
+def case(request, tmp_path):
+    name, content, placement = CASES[request.param]
+    path = tmp_path / name
+    path.write_bytes(content)
+    return path, content, placement
+
+
+def restore(path, content):
+    path.write_bytes(content)
+    sidecar_path(path).unlink(missing_ok=True)
+
+
+def is_grafted(path, pristine):
+    return state_of(path) is GraftState.OK and problem_of(path) is None and content_of(path) == pristine
+
+
+def test_kill_during_attach(case):
+    path, content, placement = case
+    pristine, grafted, untouched = content_of(path), 0, 0
+    for after in range(1, 100):
+        restore(path, content)
+        killed = run_and_die(lambda: attach(path, placement), after)
+        if is_grafted(path, pristine):
+            grafted += 1
+        else:
+            untouched += 1
+            assert path.read_bytes() == content
+            assert content_of(path) == pristine
+            attach(path, placement)  # what the interrupted run left behind is no obstacle
+            assert is_grafted(path, pristine)
+        detach_image(path)
+        assert path.read_bytes() == content
+        assert not sidecar_path(path).exists()
+        if not killed:
+            assert grafted >= 2  # killed after the commit, and not at all
+            return
+    raise AssertionError("attach never came to its end")
+
+
+def test_kill_during_detach(case):
+    path, content, placement = case
+    pristine = content_of(path)
+    for after in range(1, 100):
+        restore(path, content)
+        attach(path, placement)
+        killed = run_and_die(lambda: detach_image(path), after)
+        if is_grafted(path, pristine):
+            detach_image(path)
+        assert path.read_bytes() == content
+        assert content_of(path) == pristine
+        attach(path, placement)
+        detach_image(path)
+        assert path.read_bytes() == content
+        if not killed:
+            return
+    raise AssertionError("detach never came to its end")
+
+
+def apply(content, operations):
+    data = bytearray(content)
+    for operation in operations:
+        if operation.name == "truncate":
+            data = data[: operation.offset].ljust(operation.offset, b"\0")
+        elif operation.name == "write":
+            data = data.ljust(operation.offset, b"\0")
+            data[operation.offset : operation.offset + len(operation.data)] = operation.data
+    return bytes(data)
+
+
+def epochs(operations):
+    """Split operations at the syncs: within a group the disk may do any of them, in any order."""
+    groups = [[]]
+    for operation in operations:
+        if operation.name == "sync":
+            groups.append([])
+        elif operation.name in ("write", "truncate"):
+            groups[-1].append(operation)
+    return groups
+
+
+def subsets(group):
+    return chain.from_iterable(combinations(group, size) for size in range(len(group) + 1))
+
+
+@pytest.mark.parametrize("direction", ["attach", "detach"])
+def test_power_loss_between_any_two_syncs(case, direction):
+    """Replay every subset of what was not yet flushed, on top of everything that was."""
+    path, content, placement = case
+    pristine = content_of(path)
+    if direction == "detach":
+        attach(path, placement)
+    start = path.read_bytes()
+    sidecar = sidecar_path(path)
+    action = (lambda: attach(path, placement)) if direction == "attach" else (lambda: detach_image(path))
+    kept = sidecar.read_bytes() if sidecar.exists() else None
+    operations = [item for item in operations_of(action) if item.file == path]
+    kept = kept or (sidecar.read_bytes() if sidecar.exists() else None)
+    flushed, seen = [], 0
+    for group in epochs(operations):
+        for done in subsets(group):
+            path.write_bytes(apply(start, [*flushed, *done]))
+            if kept is not None:
+                sidecar.write_bytes(kept)
+            assert content_of(path) == pristine
+            assert path.read_bytes() == content or is_grafted(path, pristine)
+            seen += 1
+        flushed += group
+    assert seen >= 1 or kept is not None
+
+
+@pytest.mark.parametrize("name", ["raw inline", "iso inline", "iso inline, odd size", "iso inline, field taken"])
+def test_a_write_cut_short_is_recognised_and_undone(tmp_path, name):
+    """A kill inside the one large write leaves whole pages of it: not between, as the content is known and safe."""
+    file_name, content, placement = CASES[name]
+    path = tmp_path / file_name
+    path.write_bytes(content)
+    pristine = content_of(path)
+    noise = b"".join(sha256(bytes([number, 7])).digest() for number in range(250)) * 4
+    sections = [*sample_sections(), Section(SectionKind.FILES, noise)]
+    operations = [item for item in operations_of(lambda: attach(path, placement, sections)) if item.name == "write"]
+    start, end = operations[0].offset, operations[0].offset + len(operations[0].data)
+    cuts = list(range((start // 4096 + 1) * 4096, end, 4096))
+    assert len(cuts) >= 6
+    for size in cuts:
+        # The descriptor of an ISO is written later, so it is still the original one.
+        path.write_bytes(content.ljust(start, b"\0") + operations[0].data[: size - start])
+        assert state_of(path) is GraftState.CUT
+        assert content_of(path) == pristine
+        assert problem_of(path)
+        detach_image(path)
+        assert path.read_bytes() == content

@@ -1,0 +1,155 @@
+"""Sidecars: lost, cut, foreign, hostile."""
+
+import os
+import shutil
+import struct
+
+import pytest
+from imagefmt_helpers import attach, content_of, digest, iso_bytes, problem_of, sample_sections, state_of
+
+from vmgraft.errors import FileError, GraftFormatError, NoGraftError
+from vmgraft.imagefmt.contract import GraftState, Placement
+from vmgraft.imagefmt.graft import detach_image, open_graft, open_image
+from vmgraft.imagefmt.record import Section, SectionKind
+from vmgraft.imagefmt.sidecar import read_sidecar, sidecar_path, write_sidecar
+
+
+@pytest.fixture
+def grafted_iso(iso_image):
+    attach(iso_image, Placement.SIDECAR)
+    return iso_image
+
+
+@pytest.fixture
+def grafted_raw(raw_image):
+    attach(raw_image, Placement.SIDECAR)
+    return raw_image
+
+
+def test_layout(grafted_iso, grafted_raw):
+    data = sidecar_path(grafted_iso).read_bytes()
+    assert data[:128] == grafted_iso.read_bytes()[34035 : 34035 + 128]
+    assert data[128:136] == b"VMGRAFT\0"
+    assert struct.unpack_from("<Q", data, 24)[0] == len(data) - 128
+    assert sidecar_path(grafted_raw).name == "disk.img.vmgraft"
+
+
+def test_a_raw_image_is_not_touched(raw_image):
+    before = digest(raw_image)
+    attach(raw_image, Placement.SIDECAR)
+    assert digest(raw_image) == before
+
+
+def test_automatic_placement_by_size(raw_image):
+    before = digest(raw_image)
+    large = [*sample_sections(), Section(SectionKind.FILES, os.urandom(1 << 20))]
+    assert attach(raw_image, Placement.AUTO, large).locator.placement is Placement.SIDECAR
+    assert problem_of(raw_image) is None
+    detach_image(raw_image)
+    assert digest(raw_image) == before
+
+
+def test_lost(grafted_iso, grafted_raw):
+    for path in (grafted_iso, grafted_raw):
+        sidecar_path(path).unlink()
+    assert state_of(grafted_iso) is GraftState.NO_RECORD
+    assert "missing" in problem_of(grafted_iso)
+    with pytest.raises(GraftFormatError, match="lost"):
+        detach_image(grafted_iso)
+    assert state_of(grafted_raw) is GraftState.NONE
+
+
+@pytest.mark.parametrize(
+    ("spoil", "state"),
+    [
+        (lambda data: data[:-1], GraftState.CUT),
+        (lambda data: data[:128], GraftState.CUT),
+        (lambda data: data[:100], GraftState.DAMAGED),
+        (lambda _data: b"", GraftState.DAMAGED),
+        (lambda data: data + b"\0", GraftState.DAMAGED),
+        (lambda data: data[:-1] + bytes([data[-1] ^ 1]), GraftState.OVERWRITTEN),
+        (lambda data: b"X" + data[1:], GraftState.DAMAGED),
+    ],
+)
+@pytest.mark.parametrize("image", ["grafted_iso", "grafted_raw"])
+def test_spoiled(request, image, spoil, state):
+    path = request.getfixturevalue(image)
+    original = content_of(path)
+    sidecar = sidecar_path(path)
+    sidecar.write_bytes(spoil(sidecar.read_bytes()))
+    assert state_of(path) is state
+    assert content_of(path) == original
+
+
+def test_the_sidecar_of_another_image(tmp_path, grafted_iso):
+    other = tmp_path / "other.iso"
+    other.write_bytes(iso_bytes(26))
+    attach(other, Placement.SIDECAR)
+    shutil.copy(sidecar_path(other), sidecar_path(grafted_iso))
+    assert state_of(grafted_iso) is GraftState.OVERWRITTEN
+    assert "another graft" in problem_of(grafted_iso)
+
+
+def test_a_raw_image_that_changed_its_size(grafted_raw):
+    before = grafted_raw.read_bytes()
+    with open(grafted_raw, "ab") as file:
+        file.write(bytes(1024))
+    assert state_of(grafted_raw) is GraftState.GROWN
+    detach_image(grafted_raw)
+    assert grafted_raw.read_bytes() == before + bytes(1024)
+    assert not sidecar_path(grafted_raw).exists()
+
+
+def test_a_raw_image_that_shrank(grafted_raw):
+    os.truncate(grafted_raw, 512)
+    assert state_of(grafted_raw) is GraftState.DAMAGED
+    assert problem_of(grafted_raw)
+
+
+def test_a_sidecar_that_nothing_points_to(iso_image, grafted_iso):
+    clean = iso_bytes()
+    iso_image.write_bytes(clean)
+    assert state_of(iso_image) is GraftState.ORPHANED
+    with open_image(iso_image) as image, pytest.raises(NoGraftError, match="any more"):
+        open_graft(image)
+    detach_image(iso_image)
+    assert not sidecar_path(iso_image).exists()
+    assert iso_image.read_bytes() == clean
+
+
+@pytest.mark.parametrize("kind", ["symlink", "fifo", "folder"])
+def test_other_things_of_that_name(tmp_path, iso_image, raw_image, kind):
+    for image in (iso_image, raw_image):
+        path = sidecar_path(image)
+        if kind == "symlink":
+            path.symlink_to(tmp_path / "elsewhere")
+        elif kind == "fifo":
+            os.mkfifo(path)
+        else:
+            path.mkdir()
+        before = digest(image)
+        assert read_sidecar(image).state is GraftState.DAMAGED
+        with pytest.raises((FileError, NoGraftError, GraftFormatError)):
+            detach_image(image)
+        assert digest(image) == before
+        path.unlink() if kind != "folder" else path.rmdir()
+
+
+def test_a_users_file_of_that_name_is_never_replaced(iso_image):
+    path = sidecar_path(iso_image)
+    path.write_bytes(b"my notes")
+    before = digest(iso_image)
+    with pytest.raises(FileError, match="not a sidecar"):
+        attach(iso_image, Placement.SIDECAR)
+    assert path.read_bytes() == b"my notes"
+    assert digest(iso_image) == before
+
+
+def test_an_old_sidecar_is_replaced(tmp_path, grafted_iso):
+    iso = tmp_path / "second.iso"
+    iso.write_bytes(iso_bytes())
+    with open_image(grafted_iso) as image:
+        located = image.locate()
+    write_sidecar(iso, located.locator, located.record)
+    attach(iso, Placement.SIDECAR)
+    assert problem_of(iso) is None

@@ -1,0 +1,152 @@
+"""A worker that was taken over and speaks for itself: every lie is a fault, and nothing waits for ever."""
+
+import os
+import socket
+import subprocess
+import threading
+
+import pytest
+
+from vmgraft.vmmhost.layer import protocol
+from vmgraft.vmmhost.layer.faults import FaultKind, WorkerFaultError
+from vmgraft.vmmhost.layer.link import LinkEvents, WorkerLink
+from vmgraft.vmmhost.layer.protocol import Kind
+from vmgraft.vmmhost.layer.sandbox import Mechanism
+from vmgraft.vmmhost.layer.spec import ExtensionSpec, GuestWindow, LayerLimits
+from vmgraft.vmmhost.layer.zygote import WorkerProcess
+
+
+class Rogue:
+    """A link whose other end is played by the test."""
+
+    def __init__(self, ram, **fields):
+        ours, self.socket = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self.process = subprocess.Popen(["sleep", "60"])
+        worker = WorkerProcess(self.process.pid, os.pidfd_open(self.process.pid), ours, Mechanism(0))
+        self.logs = []
+        self.events = LinkEvents(lambda line, over: self.logs.append((line, over)), 100)
+        self.spec = ExtensionSpec("org.example.rogue", "1", b"\0asm" + bytes(9000),
+                                  limits=LayerLimits(call_ms=150, log_bytes=100), **fields)  # fmt: skip
+        self.link = WorkerLink(self.spec, worker, None, ram, self.events)
+        self.link._socket.settimeout(0.15)
+
+    def call(self, *packets):
+        """Make a call and let the rogue answer with these packets."""
+        for packet in packets:
+            self.socket.send(packet)
+        return self.link.call(Kind.CALL_PIO_READ, 0, address=0x510, size=1)
+
+
+@pytest.fixture
+def rogue(bench):
+    made = []
+
+    def make(**fields):
+        made.append(Rogue(bench.ram, **fields))
+        return made[-1]
+
+    yield make
+    for item in made:
+        assert item.link.kill()
+        item.process.wait()
+        item.socket.close()
+
+
+def fails(kind, make):
+    with pytest.raises(WorkerFaultError) as caught:
+        make()
+    assert caught.value.kind is kind
+    assert caught.value.message
+
+
+def test_an_honest_answer(rogue):
+    assert rogue().call(protocol.frame(Kind.RESULT, 1, 42)) == 42
+
+
+@pytest.mark.parametrize(
+    "packet",
+    [
+        b"x",
+        bytes(5000),
+        protocol.frame(Kind.RESULT, 2, 42),
+        protocol.frame(Kind.RESULT, 1, 42, b"more"),
+        protocol.frame(Kind.READY, 1),
+        protocol.frame(Kind.REFUSED, 1),
+        protocol.frame(Kind.GUEST_DATA, 1),
+        protocol.frame(Kind.LOG, 1, 0, b"not granted"),
+        protocol.frame(Kind.STOP, 1),
+        protocol.frame(Kind.SET_TICK, 1, 5),
+        protocol.frame(Kind.GUEST_READ, 1, 0, length=5000),
+        b"\xff" * 16,
+    ],
+)
+def test_lies_are_protocol_faults(rogue, packet):
+    fails(FaultKind.PROTOCOL, lambda: rogue().call(packet))
+
+
+def test_a_stale_answer_is_not_taken_for_a_fresh_one(rogue):
+    item = rogue()
+    assert item.call(protocol.frame(Kind.RESULT, 1, 1), protocol.frame(Kind.RESULT, 1, 666)) == 1
+    fails(FaultKind.PROTOCOL, lambda: item.call(protocol.frame(Kind.RESULT, 2, 2)))
+
+
+def test_more_log_than_the_quota_is_a_lie(rogue):
+    lines = [protocol.frame(Kind.LOG, 1, 0, b"x" * 60)] * 2
+    item = rogue(log=True)
+    fails(FaultKind.PROTOCOL, lambda: item.call(*lines))
+    assert len(item.logs) == 1
+
+
+def test_guest_access_without_a_window(rogue, bench):
+    before = bytes(bench.ram.bytes)
+    fails(FaultKind.WINDOW, lambda: rogue().call(protocol.frame(Kind.GUEST_READ, 1, 0, length=8)))
+    fails(FaultKind.WINDOW, lambda: rogue(windows=(GuestWindow(0, 64),)).call(
+        protocol.frame(Kind.GUEST_WRITE, 1, 0, b"evil")))  # fmt: skip
+    fails(FaultKind.WINDOW, lambda: rogue(windows=(GuestWindow(0, 64, True),)).call(
+        protocol.frame(Kind.GUEST_WRITE, 1, (1 << 64) - 2, b"evil")))  # fmt: skip
+    assert bytes(bench.ram.bytes) == before
+
+
+def test_silence_meets_the_deadline(rogue):
+    fails(FaultKind.DEADLINE, lambda: rogue().call())
+
+
+def test_requests_without_end_meet_the_deadline(rogue):
+    item = rogue(tick=True)
+    done = threading.Event()
+
+    def flood():
+        while not done.is_set():
+            try:
+                item.socket.send(protocol.frame(Kind.SET_TICK, 1, 1), socket.MSG_DONTWAIT)
+            except OSError:
+                done.wait(0.001)
+
+    thread = threading.Thread(target=flood)
+    thread.start()
+    try:
+        with pytest.raises(WorkerFaultError) as caught:
+            item.call()
+        assert caught.value.kind in {FaultKind.DEADLINE, FaultKind.QUOTA}
+    finally:
+        done.set()
+        thread.join()
+
+
+def test_a_closed_socket_is_a_death(rogue):
+    item = rogue()
+    item.socket.close()
+    fails(FaultKind.DIED, lambda: item.call())
+
+
+def test_a_worker_that_never_reads_its_module(rogue):
+    item = rogue()
+    item.spec = ExtensionSpec("org.example.rogue", "1", bytes(1 << 20))
+    item.link._spec = item.spec
+    fails(FaultKind.DEADLINE, lambda: item.link.start(bytes(32), 0.2, 1))
+
+
+def test_a_result_in_place_of_ready(rogue):
+    item = rogue()
+    item.socket.send(protocol.frame(Kind.RESULT, 0))
+    fails(FaultKind.PROTOCOL, lambda: item.link.start(bytes(32), 0.5, 1))

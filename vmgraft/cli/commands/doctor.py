@@ -1,0 +1,36 @@
+"""``vmgraft doctor``."""
+
+from __future__ import annotations
+
+import click
+
+from vmgraft.cli.options import json_option
+
+
+@click.command(epilog="Example: vmgraft doctor --json")
+@json_option
+def doctor(as_json: bool) -> int:
+    """Say what this machine can do: CPU engines, sandbox, packages. Exit 20 when `run` cannot work here."""
+    from vmgraft.cli.exitcodes import exit_code
+    from vmgraft.cli.output import emit_json
+    from vmgraft.vmmhost.doctor import examine
+
+    found = examine()
+    code = exit_code(None if found["ready"] else "host")
+    if as_json:
+        emit_json({"ok": found["ready"], "exitCode": code, **found})
+        return code
+    for engine in found["engines"]:
+        click.echo(f"{_mark(engine['usable'])}  engine {engine['name']:5} {engine['reason']}")
+    sandbox = found["sandbox"]
+    text = f"isolation level {sandbox['level']}: {', '.join(sandbox['mechanisms'])}"
+    click.echo(f"{_mark(sandbox['works'])}  sandbox      {text if sandbox['works'] else sandbox['reason']}")
+    for name, version in found["packages"].items():
+        hint = "not installed (pip install 'vmgraft[soft]')" if name == "unicorn" else "not installed"
+        click.echo(f"{_mark(version is not None)}  package {name:13} {version or hint}")
+    return code
+
+
+def _mark(good: bool) -> str:
+    """Return the mark in front of a line."""
+    return click.style("ok", fg="green") if good else click.style("--", fg="yellow")

@@ -1,0 +1,85 @@
+"""``vmgraft run`` and ``check-log``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from vmgraft.cli.options import FILE, image_argument, json_option, policy_option, quiet_option, root_option
+
+OUTPUT = click.Path(path_type=Path, allow_dash=True, dir_okay=False)
+
+
+@click.command(epilog='Example: vmgraft run grub.iso --policy policy.json --until "GNU GRUB" --screen -')
+@image_argument
+@policy_option
+@click.option("--cpu", type=click.Choice(["auto", "kvm", "soft"]), default="auto", show_default=True)
+@click.option("--boot", type=click.Choice(["auto", "disk", "cdrom"]), default="auto", show_default=True)
+@click.option("--memory", type=click.IntRange(2, 3072), default=64, show_default=True, help="Guest RAM in MiB.")
+@click.option("--timeout", type=click.FloatRange(min=0, min_open=True), help="Stop the guest after so many seconds.")
+@click.option("--until", help="Stop when this text appears on screen or serial port; exit 22 if it never does.")
+@click.option("--keys", default="", help="Text typed into the guest's keyboard.")
+@click.option("--screen", type=OUTPUT, help="Write the text screen as it stands at the end: a new file, or - .")
+@click.option("--serial", type=OUTPUT, help="Write what the guest sends to COM1: a new file, or - (default).")
+@click.option("--audit-log", type=FILE, help="Write a hash-chained log of decisions and faults to this new file.")
+@click.option("--without-extensions", is_flag=True, help="Boot the verified image, but load no extension.")
+@click.option("--dry-run", is_flag=True, help="Verify and print the launch plan; start nothing.")
+@root_option
+@quiet_option
+@json_option
+def run(
+    image: Path,
+    policy_path: Path,
+    cpu: str,
+    boot: str,
+    memory: int,
+    timeout: float | None,
+    until: str | None,
+    keys: str,
+    screen: Path | None,
+    serial: Path | None,
+    audit_log: Path | None,
+    without_extensions: bool,
+    dry_run: bool,
+    root: Path | None,
+    quiet: bool,
+    as_json: bool,
+) -> int:
+    """Verify an image against a policy, then boot it with its extensions in sandboxed processes.
+
+    Nothing is started unless every check passes. The image is never written; the guest's writes are gone at the end.
+    """
+    from vmgraft.cli.console import Outputs
+    from vmgraft.cli.output import progress_bar
+    from vmgraft.cli.runview import finish_run
+    from vmgraft.vmmhost.launch import Launcher
+    from vmgraft.vmmhost.plan import RunOptions
+
+    options = RunOptions(
+        cpu=cpu, boot=boot, memory_mib=memory, timeout=timeout, until=until, keys=keys,
+        extensions=not without_extensions, root=root, audit_log=audit_log,
+    )  # fmt: skip
+    with Outputs(screen=screen, serial=serial, as_json=as_json) as outputs:
+        with progress_bar("verify", quiet=quiet or as_json) as bar:
+            launcher = Launcher(
+                image, policy_path, options, serial=outputs.serial_sink, progress=bar, confine=not dry_run
+            )
+            report = launcher.plan() if dry_run else launcher.run()
+        return finish_run(report, image, outputs, as_json=as_json)
+
+
+@click.command("check-log", epilog="Example: vmgraft check-log audit.jsonl --head 3f1c…")
+@click.argument("log", type=FILE)
+@click.option("--head", help="Hash of the last line, as the run reported it.")
+@json_option
+def check_log(log: Path, head: str | None, as_json: bool) -> None:
+    """Check that no line of an audit log was changed, removed, added or moved."""
+    from vmgraft.cli.output import emit_ok
+    from vmgraft.vmmhost.audit import check_chain
+
+    count, last = check_chain(log, head)
+    if as_json:
+        emit_ok({"records": count, "head": last})
+    else:
+        click.echo(f"{log}: {count} records, the chain holds, head {last}")

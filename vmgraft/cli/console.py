@@ -1,0 +1,82 @@
+"""Where a guest's serial port and screen go. Files are opened before the run, since the host gives up that right."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import BinaryIO, Self
+
+from vmgraft.errors import FileError
+
+#: Bytes a guest may send to a terminal as they are; the rest is shown as escapes, since it could drive the terminal.
+_HARMLESS = frozenset(range(0x20, 0x7F)) | {0x08, 0x09, 0x0A, 0x0D}
+
+
+class Outputs:
+    """Opens the files of ``--screen`` and ``--serial``; a context manager.
+
+    Args:
+        screen: File, ``-`` for stdout, or None.
+        serial: File, ``-`` for stdout, or None for stdout unless JSON is printed there.
+        as_json: Keep stdout for the JSON object.
+
+    Raises:
+        FileError: a file exists already or cannot be created.
+    """
+
+    def __init__(self, *, screen: Path | None, serial: Path | None, as_json: bool) -> None:
+        self._files: list[BinaryIO] = []
+        self.screen_wanted, self._as_json = screen is not None, as_json
+        self._screen = self._open(screen)
+        self._serial = self._open(serial)
+        self._to_terminal = not as_json and (serial is None or str(serial) == "-")
+        self.serial_sink: Callable[[bytes], None] | None = self._write_serial
+
+    def _open(self, path: Path | None) -> BinaryIO | None:
+        if path is None or str(path) == "-":
+            return None
+        try:
+            file = path.open("xb")
+        except FileExistsError as error:
+            self.close()
+            raise FileError("the file exists already", file=path, hint="name a new file") from error
+        except OSError as error:
+            self.close()
+            raise FileError(f"cannot create: {error.strerror}", file=path) from error
+        self._files.append(file)
+        return file
+
+    def _write_serial(self, data: bytes) -> None:
+        if self._serial is not None:
+            self._serial.write(data)
+        elif self._to_terminal:
+            sys.stdout.write(visible(data) if sys.stdout.isatty() else data.decode("latin-1"))
+            sys.stdout.flush()
+
+    def write_screen(self, lines: tuple[str, ...]) -> None:
+        """Write the text screen where it was asked for."""
+        text = "\n".join(lines).rstrip("\n") + "\n"
+        if self._screen is not None:
+            self._screen.write(text.encode())
+        elif self.screen_wanted and not self._as_json:
+            sys.stdout.write(text)
+
+    def close(self) -> None:
+        """Close the files."""
+        for file in self._files:
+            file.close()
+        self._files.clear()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None) -> None:
+        self.close()
+
+
+def visible(data: bytes) -> str:
+    """Return guest output for a terminal: escape sequences and other control bytes become ``\\xNN``."""
+    return "".join(chr(byte) if byte in _HARMLESS else f"\\x{byte:02x}" for byte in data)
+

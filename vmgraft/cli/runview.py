@@ -1,0 +1,81 @@
+"""How a run is reported to people and programs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+from vmgraft.cli.console import Outputs
+from vmgraft.cli.exitcodes import exit_code
+from vmgraft.cli.output import emit_json, printable
+from vmgraft.cli.views import show_report, verdict_document
+from vmgraft.vmmhost.core.machine import MachineResult
+from vmgraft.vmmhost.launch import RunReport
+
+
+def finish_run(report: RunReport, image: Path, outputs: Outputs, *, as_json: bool) -> int:
+    """Print what happened and return the exit code."""
+    code = exit_code(report.error)
+    if report.result is not None:
+        outputs.write_screen(report.result.screen)
+    if as_json:
+        emit_json(run_document(report, code))
+        return code
+    if report.plan is None:
+        show_report(report.verification, image)
+    elif report.result is None:
+        click.echo(json.dumps({**report.plan.to_dict(), "planSha256": report.plan.digest}, indent=2))
+    else:
+        _show_end(report, report.result)
+    return code
+
+
+def run_document(report: RunReport, code: int) -> dict[str, Any]:
+    """Return the JSON object of ``run``."""
+    document = verdict_document(report.verification)
+    document.update(ok=code == 0, exitCode=code, started=report.result is not None, auditHead=report.audit_head)
+    if report.plan is not None:
+        document["plan"] = {**report.plan.to_dict(), "planSha256": report.plan.digest}
+    if report.result is None:
+        return document
+    result = report.result
+    document["confinement"] = report.confinement
+    document["layer"] = report.extensions
+    document["end"] = {
+        "reason": result.reason.value,
+        "detail": result.detail,
+        "engine": result.engine,
+        "emulated": result.emulated,
+        "wallSeconds": round(result.wall_seconds, 3),
+        "exits": result.exits,
+        "blocksChecked": result.blocks_checked,
+        "blocksWritten": result.blocks_written,
+        "screen": list(result.screen),
+        "serial": result.serial.decode("latin-1"),
+    }
+    if report.error is not None:
+        document["error"] = {"code": report.error, "message": f"the guest ended: {_why(result)}", "file": None,
+                             "offset": None, "field": None, "hint": None}  # fmt: skip
+    return document
+
+
+def _show_end(report: RunReport, result: MachineResult) -> None:
+    """Print the closing lines of a run on stderr, so that stdout is the guest's."""
+    for item in report.extensions:
+        click.echo(
+            f"extension {item['id']} {item['version']}: {item['state']}, isolation level {item['isolation']}, "
+            f"{item['calls']} calls, {item['faults']} faults",
+            err=True,
+        )
+    engine = f"{result.engine}{' (emulated)' if result.emulated else ''}"
+    click.echo(f"ended: {_why(result)} after {result.wall_seconds:.2f} s on {engine}", err=True)
+    if report.error is not None:
+        click.echo(f"{click.style('error:', fg='red', bold=True)} {report.error}", err=True)
+
+
+def _why(result: MachineResult) -> str:
+    """Return the reason of an end in words."""
+    return printable(result.reason.value + (f" ({result.detail})" if result.detail else ""))

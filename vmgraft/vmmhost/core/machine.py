@@ -1,0 +1,325 @@
+"""One machine: a CPU, its memory, the core's devices, the trap BIOS and a verified disk.
+
+.. code-block:: python
+
+    with Machine(Engine.AUTO, VerifiedDisk(image, check), until="GNU GRUB", timeout=60) as machine:
+        result = machine.run()
+        print(result.reason, result.screen)
+"""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import FrameType, TracebackType
+from typing import Final, Self
+
+from vmgraft.errors import ContentMismatchError, HostError, UsageError, VmgraftError
+from vmgraft.vmmhost.core.boot import BootSource, find_boot
+from vmgraft.vmmhost.core.bus import CORE, Bus
+from vmgraft.vmmhost.core.contract import EndReason, PioEvent, PioHandler, TickHandler
+from vmgraft.vmmhost.core.cpu import Cpu
+from vmgraft.vmmhost.core.devices import board
+from vmgraft.vmmhost.core.devices.cmos import Cmos
+from vmgraft.vmmhost.core.devices.serial import COM1, Serial
+from vmgraft.vmmhost.core.disk import VerifiedDisk
+from vmgraft.vmmhost.core.firmware.bios import Firmware
+from vmgraft.vmmhost.core.memory import DEFAULT_MIB, GuestRam
+from vmgraft.vmmhost.core.probe import Engine, open_cpu
+from vmgraft.vmmhost.core.screen import TextScreen
+
+#: Seconds between two looks at the screen for the text waited for.
+UNTIL_SECONDS: Final = 0.05
+#: Bytes of serial and debug output kept for the result; the sink gets all of it.
+OUTPUT_KEPT: Final = 4 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class MachineResult:
+    """How a run ended and what was seen.
+
+    Attributes:
+        reason: Why it ended.
+        detail: The same in words; may be empty.
+        engine: ``kvm`` or ``soft``.
+        emulated: Whether guest instructions were emulated; None when unknown.
+        wall_seconds: Duration of the run.
+        virtual_ns: Virtual time the guest lived.
+        exits: How often the guest left for the host, by kind.
+        bios_calls: BIOS calls by "vector/function" in hex.
+        unknown_calls: Those of them that nobody served.
+        screen: The 25 lines of the text screen.
+        serial: What the guest sent to COM1, up to 4 MiB.
+        debug: What it sent to the debug ports.
+        trace: Port accesses, when tracing was asked for.
+        trace_dropped: Accesses that the trace had no room for.
+        blocks_checked: 64 KiB blocks read from the image and compared with what was verified.
+        blocks_written: 64 KiB blocks that the guest changed in the overlay.
+    """
+
+    reason: EndReason
+    detail: str
+    engine: str
+    emulated: bool | None
+    wall_seconds: float
+    virtual_ns: int
+    exits: dict[str, int]
+    bios_calls: dict[str, int]
+    unknown_calls: dict[str, int]
+    screen: tuple[str, ...]
+    serial: bytes
+    debug: bytes
+    trace: tuple[PioEvent, ...]
+    trace_dropped: int
+    blocks_checked: int
+    blocks_written: int
+
+
+class Machine:
+    """A PC with one CPU and one drive, ready to run once.
+
+    Args:
+        engine: Which CPU to use.
+        disk: The verified disk or CD.
+        memory_mib: RAM in MiB.
+        boot: What to boot.
+        keys: Keys typed in advance.
+        timeout: Wall-clock seconds after which the guest is stopped; None for no limit.
+        until: Stop as soon as this text stands on a line of the screen or was sent to the serial port.
+        serial: Gets every byte sent to COM1 as it comes.
+        trace: Keep the I/O trace.
+        rtc_epoch: Seconds since 1970 (UTC) that the real-time clock shows at boot; None for now.
+        stop_on_key_wait: Stop when the guest waits for a key and none is queued.
+
+    Raises:
+        EngineUnavailableError: when the engine does not work here.
+        NotBootableError: when the disk holds nothing to boot.
+        ContentMismatchError: when the boot record is not what was verified.
+        UsageError: when an option makes no sense.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        disk: VerifiedDisk,
+        *,
+        memory_mib: int = DEFAULT_MIB,
+        boot: BootSource = BootSource.AUTO,
+        keys: str = "",
+        timeout: float | None = None,
+        until: str | None = None,
+        serial: Callable[[bytes], None] | None = None,
+        trace: bool = False,
+        rtc_epoch: int | None = None,
+        stop_on_key_wait: bool = False,
+    ) -> None:
+        if (timeout is not None and timeout <= 0) or until == "":
+            raise UsageError("a time limit must be positive, and the text waited for not empty")
+        self.disk = disk
+        self.plan = find_boot(disk, boot)
+        self._timeout, self._until, self._sink = timeout, until, serial
+        self._until_bytes = (until or "").encode("cp437", "replace")
+        self._serial, self._debug = bytearray(), bytearray()
+        self._end: tuple[EndReason, str] | None = None
+        self._tick_handlers: list[TickHandler] = []
+        self._started = False
+        self._deadline = self._next_look = float("inf")
+        self.ram = GuestRam(memory_mib)
+        self._cpu: Cpu | None = None
+        try:
+            self._cpu = open_cpu(engine, self.ram)
+            self.bus = Bus(self.ram.size, trace=trace)
+            self._build(self._cpu, keys, rtc_epoch, stop_on_key_wait)
+        except VmgraftError:
+            self.close()
+            raise
+
+    def _build(self, cpu: Cpu, keys: str, rtc_epoch: int | None, stop_on_key_wait: bool) -> None:
+        bus = self.bus
+        bus.registers, bus.poller = cpu, self._poll
+        self.screen = TextScreen(self.ram)
+        cmos = Cmos(cpu.now_ns, int(time.time()) if rtc_epoch is None else rtc_epoch, self.ram.size)
+        keyboard = board.KeyboardController(self.stop)
+        for first, last, handler in getattr(cpu, "ports", ()):
+            bus.claim_pio(first, last, handler, CORE, traced=False)
+        bus.reserve_irqchip()
+        devices: tuple[tuple[int, int, PioHandler], ...] = (
+            (COM1, COM1 + 7, Serial(self._serial_out)),
+            (0x70, 0x71, cmos),
+            (0x60, 0x60, keyboard),
+            (0x64, 0x64, _Offset(keyboard, 4)),
+            (0x61, 0x61, board.SpeakerPort()),
+            (0x92, 0x92, board.SystemControl(self.stop)),
+            (0x3D4, 0x3DA, board.Crtc()),
+            (0x402, 0x402, board.DebugPort(self._debug, 0xE9)),
+            (0xE9, 0xE9, board.DebugPort(self._debug, 0xE9)),
+            (board.POWER_PORT, board.POWER_PORT + 1, board.PowerControl(self.stop)),
+            (board.SHUTDOWN_PORT, board.SHUTDOWN_PORT, board.ShutdownText(self.stop)),
+        )
+        for first, last, handler in devices:
+            bus.claim_pio(first, last, handler, CORE)
+        self.firmware = Firmware(
+            cpu, bus, self.disk, self.plan, cmos, keys=keys, host=self, stop_on_key_wait=stop_on_key_wait
+        )
+
+    # --- what devices and whatever is plugged in may use ------------------------------------------------------------
+
+    @property
+    def memory(self) -> GuestRam:
+        """Guest memory by guest-physical address."""
+        return self.ram
+
+    @property
+    def cpu(self) -> Cpu:
+        """The CPU.
+
+        Raises:
+            HostError: after :meth:`close`.
+        """
+        if self._cpu is None:
+            raise HostError("the machine is closed")
+        return self._cpu
+
+    def now_ns(self) -> int:
+        """Return virtual nanoseconds since boot."""
+        return self.cpu.now_ns()
+
+    def set_irq(self, line: int, level: bool) -> None:
+        """Drive an ISA interrupt line (0-15).
+
+        Raises:
+            ValueError: for another line.
+        """
+        if not 0 <= line <= 15:
+            raise ValueError(f"interrupt line {line} does not exist")
+        self.cpu.set_irq(line, level)
+
+    def add_tick(self, handler: TickHandler) -> None:
+        """Call ``handler`` about every 10 ms of wall-clock time, between guest instructions."""
+        self._tick_handlers.append(handler)
+
+    def stop(self, reason: EndReason, detail: str = "") -> None:
+        """End the run; the first call counts."""
+        if self._end is None:
+            self._end = (reason, detail)
+        self.bus.stopping = True
+
+    # --- running ----------------------------------------------------------------------------------------------------
+
+    def run(self) -> MachineResult:
+        """Run the guest to its end.
+
+        Raises:
+            HostError: when the machine already ran, or KVM is used outside the main thread.
+        """
+        if self._started:
+            raise HostError("a machine runs once")
+        self._started = True
+        cpu, start = self.cpu, time.monotonic()
+        self._deadline = start + (self._timeout or float("inf"))
+        self._next_look = start
+        with _interrupts(self.stop):
+            try:
+                end = cpu.run(self.bus)
+            except ContentMismatchError as error:
+                self.stop(EndReason.DISK, error.message)
+            except HostError:
+                raise
+            except VmgraftError as error:
+                self.stop(EndReason.ERROR, str(error))
+            else:
+                if end is not None:
+                    self.stop(end.reason, end.detail)
+        self._look()
+        return self._result(cpu, time.monotonic() - start)
+
+    def _result(self, cpu: Cpu, seconds: float) -> MachineResult:
+        reason, detail = self._end or (EndReason.ERROR, "the CPU stopped without a reason")
+        return MachineResult(
+            reason=reason,
+            detail=detail,
+            engine=cpu.engine,
+            emulated=cpu.emulated,
+            wall_seconds=seconds,
+            virtual_ns=cpu.now_ns(),
+            exits=dict(cpu.exits),
+            bios_calls=dict(self.firmware.calls),
+            unknown_calls=dict(self.firmware.unknown),
+            screen=tuple(self.screen.lines()),
+            serial=bytes(self._serial),
+            debug=bytes(self._debug),
+            trace=tuple(self.bus.events),
+            trace_dropped=self.bus.events_dropped,
+            blocks_checked=self.disk.blocks_checked,
+            blocks_written=self.disk.blocks_written,
+        )
+
+    def _poll(self) -> None:
+        now = time.monotonic()
+        for handler in self._tick_handlers:
+            handler(self.cpu.now_ns())
+        if now >= self._next_look:
+            self._next_look = now + UNTIL_SECONDS
+            self._look()
+        if now >= self._deadline:
+            self.stop(EndReason.TIMEOUT, f"after {self._timeout:g} s")
+
+    def _look(self) -> None:
+        if self._until is not None and self._end is None and self.screen.contains(self._until):
+            self.stop(EndReason.UNTIL, "on the screen")
+
+    def _serial_out(self, data: bytes) -> None:
+        if len(self._serial) < OUTPUT_KEPT:
+            self._serial += data
+        if self._sink is not None:
+            self._sink(data)
+        if self._until_bytes and self._serial.endswith(self._until_bytes):
+            self.stop(EndReason.UNTIL, "on the serial port")
+
+    def close(self) -> None:
+        """Release CPU and memory; the disk stays the caller's."""
+        cpu, self._cpu = self._cpu, None
+        if cpu is not None:
+            cpu.close()
+        self.ram.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None) -> None:
+        self.close()
+
+
+class _Offset:
+    """Shows a device at a second port as a higher offset."""
+
+    def __init__(self, device: PioHandler, offset: int) -> None:
+        self._device, self._offset = device, offset
+
+    def pio_read(self, offset: int, size: int) -> int:
+        return self._device.pio_read(offset + self._offset, size)
+
+    def pio_write(self, offset: int, size: int, value: int) -> None:
+        self._device.pio_write(offset + self._offset, size, value)
+
+
+@contextmanager
+def _interrupts(stop: Callable[[EndReason, str], None]) -> Iterator[None]:
+    """Let Ctrl-C end the run instead of raising in the midst of it; the old handler comes back afterwards."""
+    old = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or old in (signal.SIG_IGN, None):
+        yield
+        return
+
+    def on_interrupt(_number: int, _frame: FrameType | None) -> None:
+        stop(EndReason.INTERRUPTED, "Ctrl-C")
+
+    signal.signal(signal.SIGINT, on_interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, old)

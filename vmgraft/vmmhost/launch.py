@@ -1,0 +1,280 @@
+"""``run``: verify, plan, start the unprivileged layer, start the guest; in that order, from one open image."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from importlib import resources
+from pathlib import Path
+from typing import Any, Final
+
+from vmgraft import __version__
+from vmgraft.errors import RequiredExtensionError, VmgraftError
+from vmgraft.imagefmt.contract import Image, Progress
+from vmgraft.imagefmt.graft import Graft, open_graft, open_image
+from vmgraft.imagefmt.tree import ContentTree
+from vmgraft.signing.contract import Report
+from vmgraft.signing.policy import Policy, load_policy
+from vmgraft.signing.verify import verify_evidence
+from vmgraft.vmmhost.audit import AuditLog
+from vmgraft.vmmhost.core.boot import BootSource
+from vmgraft.vmmhost.core.contract import EndReason
+from vmgraft.vmmhost.core.disk import VerifiedDisk
+from vmgraft.vmmhost.core.machine import Machine, MachineResult
+from vmgraft.vmmhost.core.probe import Engine
+from vmgraft.vmmhost.layer.abi import Event
+from vmgraft.vmmhost.layer.client import ExtensionHost
+from vmgraft.vmmhost.layer.sandbox import confine_host
+from vmgraft.vmmhost.layer.spec import ExtensionSpec
+from vmgraft.vmmhost.layer.zygote import Zygote
+from vmgraft.vmmhost.plan import LaunchPlan, RunOptions, check_claims, to_spec
+
+#: Ends of a guest that are failures, as error codes (docs/exit-codes.md).
+_FAILURES: Final = {
+    EndReason.FAULT: "extension-fault",
+    EndReason.DISK: "content-mismatch",
+    EndReason.ERROR: "host",
+    EndReason.INTERRUPTED: "interrupted",
+}
+
+
+@dataclass(slots=True)
+class RunReport:
+    """What happened, as far as it went. ``plan`` and ``result`` stay None when verification refused the image."""
+
+    verification: Report
+    plan: LaunchPlan | None = None
+    result: MachineResult | None = None
+    extensions: list[dict[str, Any]] = field(default_factory=list)
+    confinement: list[str] = field(default_factory=list)
+    audit_head: str | None = None
+    until: str | None = None
+
+    @property
+    def error(self) -> str | None:
+        """The error code this run amounts to, or None."""
+        if not self.verification.ok:
+            return self.verification.error
+        if self.result is None:
+            return None
+        if self.result.reason in _FAILURES:
+            return _FAILURES[self.result.reason]
+        return "expectation" if self.until is not None and self.result.reason is not EndReason.UNTIL else None
+
+
+class Launcher:
+    """Runs one image once.
+
+    Args:
+        image: Path of the image.
+        policy: Path of the trust policy.
+        options: How to boot.
+        serial: Gets every byte the guest sends to its first serial port.
+        progress: Called while the content is verified.
+        confine: Give up the rights of this process that the run does not need, once it is set up. Cannot be undone, so
+            only programs that end with the run ask for it.
+    """
+
+    def __init__(
+        self,
+        image: Path,
+        policy: Path,
+        options: RunOptions,
+        *,
+        serial: Callable[[bytes], None] | None = None,
+        progress: Progress | None = None,
+        confine: bool = False,
+    ) -> None:
+        self._path, self._policy_path, self._options = image, policy, options
+        self._serial, self._progress, self._confine = serial, progress, confine
+        self._stop_requested = False
+
+    def plan(self) -> RunReport:
+        """Verify and plan; start nothing (``--dry-run``).
+
+        Raises:
+            VmgraftError: as :meth:`run`, for what can be found out without starting.
+        """
+        policy = load_policy(self._policy_path)
+        with open_image(self._path, root=self._options.root) as image:
+            return self._verify(image, open_graft(image, progress=self._progress), policy)
+
+    def run(self) -> RunReport:
+        """Verify, plan and boot.
+
+        Raises:
+            PolicyError: the policy cannot be used.
+            NoGraftError: the image carries no graft.
+            FileError: the image or the audit log cannot be used.
+            CapabilityError: an extension's claims collide with the core, or it imports what it was not granted.
+            GraftFormatError: a module is malformed.
+            HostError: the guest cannot be started here.
+        """
+        policy = load_policy(self._policy_path)
+        with ExitStack() as stack:
+            log = AuditLog(self._options.audit_log)
+            stack.callback(log.close)
+            log.write("start", self._beginning())
+            try:
+                return self._run(stack, log, policy)
+            except VmgraftError as error:
+                log.write("error", error.to_dict())
+                raise
+
+    def _beginning(self) -> dict[str, Any]:
+        """Return what the first line of the audit log says."""
+        return {
+            "image": str(self._path),
+            "policyFile": str(self._policy_path),
+            "vmgraft": __version__,
+            "coreSha256": core_digest(),
+        }
+
+    def _run(self, stack: ExitStack, log: AuditLog, policy: Policy) -> RunReport:
+        image = stack.enter_context(open_image(self._path, root=self._options.root))
+        graft = open_graft(image, progress=self._progress)
+        report = self._verify(image, graft, policy)
+        checks = [check.to_dict() for check in report.verification.checks]
+        log.write("verification", {"ok": report.verification.ok, "error": report.verification.error, "checks": checks})
+        if report.plan is None or graft.tree is None:
+            report.audit_head = log.head
+            return report
+        log.write("plan", {"sha256": report.plan.digest, "plan": report.plan.to_dict()})
+        specs = self._specs(report.plan)
+        # Before /dev/kvm is opened: no worker can have inherited what the core holds.
+        zygote = stack.enter_context(Zygote.start()) if specs else None
+        self._boot(stack, log, report, image, graft.tree, specs, zygote)
+        report.audit_head = log.head
+        return report
+
+    def _verify(self, image: Image, graft: Graft, policy: Policy) -> RunReport:
+        """Verify, and plan when that went well."""
+        verdict = verify_evidence(graft, policy, image_name=self._path.name, now=datetime.now(UTC))
+        report = RunReport(verdict, until=self._options.until)
+        if verdict.ok and graft.tree is None:
+            # A statement that is not bound to this content: read it now, so that blocks can be checked when used.
+            graft.content(flat=False)
+        if verdict.ok and graft.tree is not None:
+            self._allow_bare(policy, verdict)
+            report.plan = LaunchPlan(
+                image=str(self._path),
+                format=image.format_name,
+                virtual_size=image.virtual_size,
+                tree_digest=graft.tree.tree_digest.hex(),
+                statement_sha256=_statement_digest(graft),
+                policy=verdict.policy,
+                signers=verdict.signers,
+                memory_mib=self._options.memory_mib,
+                boot=self._options.boot,
+                cpu=self._options.cpu,
+                extensions=verdict.extensions if self._options.extensions else (),
+            )
+        return report
+
+    def _allow_bare(self, policy: Policy, verdict: Report) -> None:
+        """Refuse to leave out extensions that the policy requires."""
+        if self._options.extensions:
+            return
+        entry = next((item for item in policy.trust_policies if item.name == verdict.policy), None)
+        if entry is not None and entry.require_extensions:
+            raise RequiredExtensionError(
+                f"the policy requires {', '.join(entry.require_extensions)}",
+                file=self._path,
+                hint="run without --without-extensions",
+            )
+
+    def _specs(self, plan: LaunchPlan) -> list[ExtensionSpec]:
+        """Return what the layer is told about each extension that has a module."""
+        return [spec for spec in map(to_spec, plan.extensions) if spec is not None]
+
+    def _boot(
+        self,
+        stack: ExitStack,
+        log: AuditLog,
+        report: RunReport,
+        image: Image,
+        tree: ContentTree,
+        specs: list[ExtensionSpec],
+        zygote: Zygote | None,
+    ) -> None:
+        options = self._options
+        machine = stack.enter_context(
+            Machine(
+                Engine(options.cpu),
+                VerifiedDisk(image, tree.check),
+                memory_mib=options.memory_mib,
+                boot=BootSource(options.boot),
+                keys=options.keys,
+                timeout=options.timeout,
+                until=options.until,
+                serial=self._serial,
+            )
+        )
+        host = ExtensionHost(
+            specs,
+            memory=machine.memory,
+            audit=lambda event, detail: self._audit(log, event, detail),
+            stop=lambda detail: machine.stop(self._stop_reason(), detail),
+            clock=machine.now_ns,
+            deterministic_seed=options.seed,
+            zygote=zygote,
+        )
+        stack.callback(host.close)
+        check_claims(machine.bus, specs)
+        host.start()
+        host.claim(machine.bus)
+        machine.add_tick(host.tick)
+        if self._confine:
+            report.confinement = confine_host()
+        log.write("boot", {"engine": machine.cpu.engine, "emulated": machine.cpu.emulated, "host": report.confinement})
+        host.event(Event.BOOT)
+        result = machine.run()
+        host.event(Event.SHUTDOWN)
+        report.result = result
+        report.extensions = host.summary()
+        host.close()
+        log.write("end", _ending(result))
+
+    def _audit(self, log: AuditLog, event: str, detail: dict[str, Any]) -> None:
+        """Write an event of the layer; remember whether a stop was asked for or is a penalty."""
+        self._stop_requested = event == "stop-request"
+        log.write(event, detail)
+
+    def _stop_reason(self) -> EndReason:
+        return EndReason.SHUTDOWN if self._stop_requested else EndReason.FAULT
+
+
+def _ending(result: MachineResult) -> dict[str, Any]:
+    """Return what the audit log says of a guest's end."""
+    return {
+        "reason": result.reason.value,
+        "detail": result.detail,
+        "wallSeconds": round(result.wall_seconds, 3),
+        "exits": result.exits,
+        "blocksChecked": result.blocks_checked,
+        "blocksWritten": result.blocks_written,
+    }
+
+
+def _statement_digest(graft: Graft) -> str:
+    """Return the SHA-256 of the signed statement."""
+    from vmgraft.signing.dsse import parse_envelope
+
+    return hashlib.sha256(parse_envelope(graft.envelopes()[0]).payload).hexdigest()
+
+
+def core_digest() -> str:
+    """Return the SHA-256 over names and contents of the privileged core's own files, its ROM among them."""
+    root = resources.files("vmgraft.vmmhost")
+    digest = hashlib.sha256()
+    for folder in ("core", "data"):
+        base = Path(str(root / folder))
+        for path in sorted(item for item in base.rglob("*") if item.suffix in (".py", ".bin")):
+            digest.update(json.dumps([str(path.relative_to(base.parent)), path.stat().st_size]).encode())
+            digest.update(path.read_bytes())
+    return digest.hexdigest()
+
