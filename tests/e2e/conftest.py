@@ -13,7 +13,6 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 PROGRAM = Path(sys.executable).with_name("vmgraft")
-GRUB_ISO = Path("/usr/lib/grub-rescue/grub-rescue-cdrom.iso")
 CLOCK = ROOT / "examples" / "clock"
 ENTROPY = ROOT / "examples" / "entropy"
 GUEST = ROOT / "examples" / "guest" / "guest.bin"
@@ -59,9 +58,39 @@ def vendor(cli: Cli, tmp_path: Path) -> Path:
     return tmp_path
 
 
-def sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+@pytest.fixture
+def sha256() -> Callable[[Path], str]:
+    """The SHA-256 of a file."""
+
+    def digest(path: Path) -> str:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
+    return digest
+
+
+@pytest.fixture
+def clock() -> Path:
+    return CLOCK
+
+
+@pytest.fixture
+def entropy() -> Path:
+    return ENTROPY
+
+
+@pytest.fixture
+def guest() -> Path:
+    return GUEST
+
+
+@pytest.fixture(scope="session")
+def kvm() -> None:
+    """Skips where /dev/kvm does not work; any other engine trouble is a failure."""
+    done = subprocess.run([str(PROGRAM), "doctor", "--json"], capture_output=True, text=True, check=False)
+    (engine,) = (item for item in json.loads(done.stdout)["engines"] if item["name"] == "kvm")
+    if not engine["usable"]:
+        pytest.skip(f"no working /dev/kvm: {engine['reason']}")
 
 
 @pytest.fixture

@@ -228,3 +228,25 @@ def test_hostile_bytes_never_raise_anything_else(image, placement):
             pass
 
     run()
+
+
+def test_damage_in_a_file_that_no_statement_names_is_a_format_problem(image):
+    attach(image, Placement.INLINE, [*sample_sections(), Section(SectionKind.FILES, b"file" * 100)])
+    file, offset, size = record_file(image)
+    flip(file, offset + size - 5)
+    assert "FILES" in problem_of(image)
+
+
+def test_damage_in_a_module_never_hides_other_damage(image):
+    attach(image, Placement.INLINE, sample_sections(compress=False)[:3])
+    file, offset, size = record_file(image)
+    flip(file, offset + size - 5)
+    assert problem_of(image) is None
+    with open(file, "ab") as grown:
+        grown.write(bytes(4096))
+    assert problem_of(image)
+    with open(file, "r+b") as cut:
+        cut.truncate(file.stat().st_size - 4096)
+    assert problem_of(image) is None
+    flip(file, file.stat().st_size - (128 if "disk" in image.name else 2048))
+    assert problem_of(image)

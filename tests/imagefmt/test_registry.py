@@ -13,8 +13,9 @@ from vmgraft.imagefmt.registry import detect, format_names, get_format
 HERE = Path(__file__).parent
 
 
-def tests_in(path):
-    return [node.name for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.FunctionDef) and node.name.startswith("test_")]
+def names_of_tests(path):
+    functions = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.FunctionDef)]
+    return [node.name for node in functions if node.name.startswith("test_")]
 
 
 @pytest.mark.parametrize("name", format_names())
@@ -22,7 +23,7 @@ def tests_in(path):
 def test_every_format_has_golden_and_malformed_tests(name, module):
     path = HERE / name / module
     assert path.exists(), f"the format {name} is registered but has no {module}"
-    assert tests_in(path), f"{path} holds no test"
+    assert names_of_tests(path), f"{path} holds no test"
 
 
 @pytest.mark.parametrize("name", format_names())

@@ -86,7 +86,7 @@ def test_the_sidecar_of_another_image(tmp_path, grafted_iso):
     other.write_bytes(iso_bytes(26))
     attach(other, Placement.SIDECAR)
     shutil.copy(sidecar_path(other), sidecar_path(grafted_iso))
-    assert state_of(grafted_iso) is GraftState.OVERWRITTEN
+    assert state_of(grafted_iso) is GraftState.DAMAGED
     assert "another graft" in problem_of(grafted_iso)
 
 

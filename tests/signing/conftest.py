@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from vmgraft.errors import PayloadMismatchError
-from vmgraft.signing.contract import Report
+from vmgraft.signing.contract import Report, Status
 from vmgraft.signing.dsse import Envelope, Signature, pae, serialise
 from vmgraft.signing.keys import PrivateKey, generate
 from vmgraft.signing.manifest import canonical_manifest, parse_manifest
@@ -120,12 +120,24 @@ class Simulator:
 
     def verify(self, evidence: FakeEvidence, policy: Policy | None = None, **options: Any) -> Report:
         options = {"image_name": "disk.qcow2", "now": NOW} | options
-        return verify_evidence(evidence, policy or self.policy(), **options)
+        report = verify_evidence(evidence, policy or self.policy(), **options)
+        statuses = {check.status for check in report.checks}
+        assert report.ok is (report.error is None) is (Status.FAIL not in statuses), (
+            "a report must not contradict itself"
+        )
+        return report
 
 
 @pytest.fixture(scope="session")
 def sim() -> Simulator:
-    kinds = {"vendor": "p256", "second": "ed25519", "third": "p256", "stranger": "p256", "rsa": "rsa3072"}
+    kinds = {
+        "vendor": "p256",
+        "second": "ed25519",
+        "third": "p256",
+        "stranger": "p256",
+        "rsa": "rsa3072",
+        "pq": "mldsa65",
+    }
     return Simulator({name: generate(kind) for name, kind in kinds.items()})
 
 

@@ -59,6 +59,17 @@ def test_pem_round_trips(made, kind):
             private_from_pem(sealed, wrong, file="acme.key")
 
 
+def test_wrong_passphrase_that_decrypts_to_a_valid_padding(monkeypatch):
+    """One wrong passphrase in 256 gets past the padding and fails later, in the parser."""
+
+    def parser_error(*_):
+        raise ValueError("Could not deserialize key data.")
+
+    monkeypatch.setattr(serialization, "load_pem_private_key", parser_error)
+    with pytest.raises(UsageError, match="passphrase"):
+        private_from_pem(SEALED, b"Secret")
+
+
 @pytest.mark.parametrize("kind", ["p256", "ed25519", "rsa3072"])
 def test_keyid_is_what_ssh_keygen_prints(made, kind, tmp_path):
     key = serialization.load_pem_public_key(made[kind].public.pem)

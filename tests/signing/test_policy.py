@@ -13,7 +13,7 @@ from vmgraft.errors import PolicyError, VmgraftError
 from vmgraft.signing.capabilities import PioRange
 from vmgraft.signing.contract import Limits
 from vmgraft.signing.policy import MAX_POLICY, OVERRIDABLE, load_policy, parse_policy
-from vmgraft.signing.policytools import check_policy, format_policy, init_policy, key_name
+from vmgraft.signing.policytools import check_policy, format_policy, init_policy, key_name, name_keys
 
 
 def parse(document):
@@ -193,6 +193,13 @@ def test_key_names():
     assert key_name("acme release.pub") == "acme-release.pub"
     assert key_name("///") == "key"
     assert len(key_name("a" * 999)) == 128
+
+
+def test_files_of_one_name_are_all_trusted(sim):
+    """Two vendors' ``release.pub`` must not silently become one key."""
+    keys = [sim.keys[name].public for name in ("vendor", "second", "third")]
+    named = name_keys([("release", key) for key in keys] + [("again", keys[0])])
+    assert named == {"release": keys[0], "release-2": keys[1], "release-3": keys[2]}
 
 
 def test_init_needs_a_key():

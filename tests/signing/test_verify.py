@@ -8,6 +8,8 @@ import json
 from datetime import datetime, timedelta
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from vmgraft.errors import MalformedImageError, UsageError
 from vmgraft.signing import verify
@@ -297,8 +299,18 @@ def test_key_known_but_not_trusted_for_this_policy(sim):
 
 
 def test_every_algorithm_signs_and_verifies(sim):
-    policy = sim.policy("vendor", "second", "rsa", entry=rule(all_of=["vendor", "second", "rsa"]))
-    assert sim.verify(sim.graft(signers=["vendor", "second", "rsa"]), policy).ok
+    names = ["vendor", "second", "rsa", "pq"]
+    policy = sim.policy(*names, entry=rule(all_of=names))
+    report = sim.verify(sim.graft(signers=names), policy)
+    assert report.ok and len(report.signers) == 4
+
+
+def test_hybrid_of_classical_and_post_quantum(sim):
+    names = ["vendor", "pq"]
+    policy = sim.policy(*names, entry=rule(all_of=names))
+    assert sim.verify(sim.graft(signers=names), policy).ok
+    for alone in names:
+        assert_refused(sim.verify(sim.graft(signers=[alone]), policy), "untrusted-signer", "authenticity")
 
 
 # --- which policy applies
@@ -626,3 +638,45 @@ def test_unsigned_image_is_never_ok(sim):
     for changed in (document, {k: v for k, v in document.items() if k != "signatures"}):
         evidence.stored = [json.dumps(changed).encode()]
         assert_refused(sim.verify(evidence), "bad-signature", "envelope")
+
+
+VALUES = st.none() | st.integers() | st.text(max_size=5) | st.lists(st.text(max_size=3), max_size=2) | st.just({})
+
+
+@given(st.data())
+def test_signed_nonsense_ends_in_a_report(sim, data):
+    """A statement bent anywhere by its own signer: a report comes back, whatever it says."""
+
+    def bend(document):
+        node, depth = document, data.draw(st.integers(0, 4))
+        while True:
+            key = data.draw(st.sampled_from(sorted(node) if isinstance(node, dict) else range(len(node))))
+            if depth == 0 or not isinstance(node[key], dict | list) or not node[key]:
+                break
+            node, depth = node[key], depth - 1
+        node[key] = data.draw(VALUES)
+
+    report = sim.verify(sim.edited(bend))
+    assert report.ok or report.error in {
+        "graft-format",
+        "payload-mismatch",
+        "content-mismatch",
+        "untrusted-signer",
+        "expired",
+    }
+
+
+@given(st.binary(max_size=300))
+def test_any_bytes_as_envelope_and_as_payload(sim, data):
+    evidence = sim.graft()
+    policy = sim.policy()
+    evidence.payloads = dict.fromkeys(evidence.payloads, data)
+    assert_refused(sim.verify(evidence, policy), "payload-mismatch", "payloads")
+    evidence.stored = [data]
+    assert_refused(sim.verify(evidence, policy), "bad-signature", "envelope")
+
+
+def test_flood_of_unknown_members_is_cut_short(sim):
+    report = sim.verify(sim.edited(lambda document: document["predicate"].update({f"x{n}": "" for n in range(5000)})))
+    assert report.ok and len(report.warnings) == 33
+    assert report.warnings[-1].endswith("and 4968 more")

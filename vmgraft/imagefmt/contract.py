@@ -43,7 +43,7 @@ class GraftState(str, Enum):
     OK = "ok"
     NO_RECORD = "locator-without-record"
     CUT = "record-cut"
-    OVERWRITTEN = "record-overwritten"
+    OVERWRITTEN = "record-overwritten"  #: the record differs from its digest, and nothing else is wrong
     ORPHANED = "orphaned"  #: a foreign writer dropped the locator, the record's bytes are still there
     GROWN = "file-grown"  #: intact, but the file grew behind the record since attach
     DAMAGED = "damaged"

@@ -23,7 +23,7 @@ from vmgraft.imagefmt.tree import ContentTree, digest_with_tree
 from vmgraft.imagefmt.undo import pack_undo
 
 #: Sections whose bytes a signature speaks about: damage there is the verifier's to report.
-_SIGNED_KINDS = (SectionKind.ENVELOPE, SectionKind.MANIFEST, SectionKind.MODULE, SectionKind.FILES)
+_SIGNED_KINDS = (SectionKind.ENVELOPE, SectionKind.MANIFEST, SectionKind.MODULE)
 _PAYLOAD_KINDS = (SectionKind.MANIFEST, SectionKind.MODULE, SectionKind.FILES)
 #: States in which a new graft may be written.
 _FREE = (GraftState.NONE, GraftState.ORPHANED)
@@ -80,24 +80,28 @@ class Graft:
         try:
             self.record = parse_record(data, file=self.image.path, offset=offset)
         except GraftFormatError as problem:
-            self._record_problem = str(problem)
+            state, detail = self.located.state, self.located.detail
+            self._record_problem = str(problem) if state is GraftState.OK else f"{state.value}: {detail} ({problem})"
 
     def format_problem(self) -> str | None:
         """Say what is structurally wrong, or None.
 
-        Damage inside an envelope, manifest or module is left to the verifier, which can say more about it: the section
-        table's digests show that nothing else is affected.
+        Damage inside an envelope, manifest or module is left to the verifier, which can say more about it. That is safe
+        in state ``OVERWRITTEN`` only, which formats report when the record's digest is all that is wrong: the section
+        table's digests then show that nothing else is affected.
         """
         if self.record is None:
             return self._record_problem
+        state = self.located.state
+        if state not in (GraftState.OK, GraftState.OVERWRITTEN):
+            return f"{state.value}: {self.located.detail}"
         damaged = self._damaged_sections()
         for section, problem in damaged:
             if section.kind not in _SIGNED_KINDS:
                 return problem
-        state = self.located.state
-        if state is GraftState.OK or (state is GraftState.OVERWRITTEN and damaged and self._explained(damaged)):
-            return None
-        return f"{state.value}: {self.located.detail or 'the graft is not intact'}"
+        if state is GraftState.OVERWRITTEN and not (damaged and self._is_ours()):
+            return f"{state.value}: {self.located.detail}"
+        return None
 
     def _damaged_sections(self) -> list[tuple[StoredSection, str]]:
         """Return the sections that do not match the table, with the reason."""
@@ -114,15 +118,12 @@ class Graft:
                 found.append((section, str(problem)))
         return found
 
-    def _explained(self, damaged: Sequence[tuple[StoredSection, str]]) -> bool:
-        """Return whether the damaged sections are all that keeps the record from matching the locator's digest.
-
-        Header and table are sound, and every other section matches the table; a record without UNDO was never ours.
-        """
+    def _is_ours(self) -> bool:
+        """Return whether the record has the size that the locator states, and the UNDO that attach always adds."""
         record, locator = self.record, self.located.locator
         if record is None or locator is None or len(record.data) != locator.record_size:
             return False
-        return bool(record.of_kind(SectionKind.UNDO)) and all(item.kind in _SIGNED_KINDS for item, _ in damaged)
+        return bool(record.of_kind(SectionKind.UNDO))
 
     def envelopes(self) -> tuple[bytes, ...]:
         """Return the stored DSSE envelopes, as found even when they do not match the table."""

@@ -107,7 +107,7 @@ def remove_sidecar(image: Path) -> None:
 
 def _compare(data: bytes, locator: Locator, expected: Locator | None) -> tuple[GraftState, str]:
     if expected is not None and locator != expected:
-        return GraftState.OVERWRITTEN, "the sidecar belongs to another graft"
+        return GraftState.DAMAGED, "the sidecar belongs to another graft"
     size = len(data) - RECORD_OFFSET
     if size < locator.record_size:
         return GraftState.CUT, f"the sidecar holds {size} of {locator.record_size} record bytes"
@@ -127,16 +127,18 @@ def _read(path: Path) -> bytes | str:
     except OSError as problem:
         what = "is a symbolic link" if problem.errno == errno.ELOOP else f"cannot be read: {problem.strerror}"
         return f"the sidecar {path.name} {what}"
-    with open(fd, "rb") as file:
+    try:
         status = os.fstat(fd)
         if not stat.S_ISREG(status.st_mode):
             return f"the sidecar {path.name} is not a regular file"
         if not 0 < status.st_size <= layout.MAX_RECORD_SIZE + RECORD_OFFSET:
             return f"the sidecar {path.name} is empty or over the size limit"
-        try:
+        with open(fd, "rb", closefd=False) as file:
             return file.read(layout.MAX_RECORD_SIZE + RECORD_OFFSET)
-        except OSError as problem:
-            return f"the sidecar {path.name} cannot be read: {problem.strerror}"
+    except OSError as problem:
+        return f"the sidecar {path.name} cannot be read: {problem.strerror}"
+    finally:
+        os.close(fd)
 
 
 def _may_replace(path: Path) -> bool:
@@ -147,5 +149,9 @@ def _may_replace(path: Path) -> bool:
         return True
     except OSError:
         return False
-    with open(fd, "rb") as file:
-        return stat.S_ISREG(os.fstat(fd).st_mode) and file.read(len(MAGIC)) == MAGIC
+    try:
+        return stat.S_ISREG(os.fstat(fd).st_mode) and os.pread(fd, len(MAGIC), 0) == MAGIC
+    except OSError:
+        return False
+    finally:
+        os.close(fd)

@@ -78,14 +78,32 @@ def _field(path: Iterable[str | int]) -> str | None:
     return text or None
 
 
+#: What to say where the library would quote the whole value; ``{0}`` is the keyword's value.
+_SENTENCES = {
+    "type": "must be of type {0}",
+    "const": "must be {0!r}",
+    "enum": "must be one of {0}",
+    "minItems": "must have at least {0} items",
+    "maxItems": "must have at most {0} items",
+    "minLength": "must have at least {0} characters",
+    "maxLength": "must have at most {0} characters",
+    "minProperties": "must have at least {0} members",
+    "maxProperties": "must have at most {0} members",
+    "minimum": "must be at least {0}",
+    "maximum": "must be at most {0}",
+}
+
+
 def _sentence(violation: ValidationError) -> str:
     schema = violation.schema if isinstance(violation.schema, dict) else {}
+    value, keyword = violation.instance, str(violation.validator)
     if "x-message" in schema:
-        about = f"{violation.instance[:64]!r}: " if isinstance(violation.instance, str) else ""
-        return about + str(schema["x-message"])
-    if violation.validator == "additionalProperties" and isinstance(violation.instance, dict):
-        unknown = sorted(set(violation.instance) - set(schema.get("properties", {})))
+        return (f"{value[:64]!r}: " if isinstance(value, str) else "") + str(schema["x-message"])
+    if keyword == "additionalProperties" and isinstance(value, dict):
+        unknown = sorted(set(value) - set(schema.get("properties", {})))
         return "unknown field " + ", ".join(repr(name[:64]) for name in unknown[:4])
+    if keyword in _SENTENCES:
+        return _shorten(_SENTENCES[keyword].format(violation.validator_value))
     return _shorten(violation.message)
 
 

@@ -93,7 +93,10 @@ size=$(wc -c < statement.json | tr -d ' ')
 }
 
 check() { # KEY SIGNATURE
-    kind=$(openssl pkey -pubin -in "$1" -noout -text 2>/dev/null) || return 1
+    kind=$(openssl pkey -pubin -in "$1" -noout -text 2>/dev/null) || {
+        echo "this openssl cannot read the key $1 (ML-DSA needs openssl 3.5)" >&2
+        return 1
+    }
     case $kind in
         *ED25519*|*ML-DSA*)
             openssl pkeyutl -verify -pubin -inkey "$1" -rawin -in pae.bin -sigfile "$2" >/dev/null 2>&1 ;;

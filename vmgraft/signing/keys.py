@@ -257,8 +257,8 @@ def private_from_pem(data: bytes, passphrase: bytes | None, *, file: _PathOrNone
     try:
         key = serialization.load_pem_private_key(data, passphrase if encrypted else None)
     except (ValueError, TypeError, UnsupportedAlgorithm) as exc:
-        if encrypted and "password" in str(exc).lower():
-            raise UsageError("the passphrase does not open this key", file=file) from exc
+        if encrypted:  # a wrong passphrase decrypts to anything, now and then to what looks like a padding
+            raise UsageError("the passphrase does not open this key, or the file is damaged", file=file) from exc
         raise FileError("the private key cannot be parsed", file=file) from exc
     accepted: _Private = key  # type: ignore[assignment]
     public = _wrap_public(accepted.public_key(), file, FileError)

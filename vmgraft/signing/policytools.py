@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
@@ -20,6 +20,19 @@ def key_name(text: str) -> str:
     """Return a name for a key that the policy schema accepts, made from a file name or any other text."""
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", text).strip("._-")
     return name[:128] or "key"
+
+
+def name_keys(labelled: Iterable[tuple[str, PublicKey]]) -> dict[str, PublicKey]:
+    """Return keys by distinct names: a name already taken gets a number, a key given twice keeps its first name."""
+    found: dict[str, PublicKey] = {}
+    for label, key in labelled:
+        if key in found.values():
+            continue
+        name, number = key_name(label), 2
+        while name in found:
+            name, number = f"{key_name(label)[:120]}-{number}", number + 1
+        found[name] = key
+    return found
 
 
 def init_policy(

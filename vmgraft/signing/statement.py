@@ -29,6 +29,8 @@ FORMAT_VERSION = "1.0"
 CONTENT_SUBJECT = "guest-content"
 #: Largest statement accepted, in bytes; an envelope of 1 MiB holds no more.
 MAX_STATEMENT = 1024 * 1024
+#: Most unknown members named one by one.
+MAX_UNKNOWN = 32
 #: Most extensions in one statement.
 MAX_EXTENSIONS = 64
 
@@ -297,4 +299,6 @@ def _unknown_members(document: Mapping[str, Any], extensions: Sequence[Extension
         paths += [f"subject[{index}].{name}" for name in sorted(subject.keys() - _SUBJECT)]
         if subject["name"] not in known:
             paths.append(f"subject {subject['name']}")
+    if len(paths) > MAX_UNKNOWN:
+        paths = [*paths[:MAX_UNKNOWN], f"and {len(paths) - MAX_UNKNOWN} more"]
     return tuple(path[:160].encode("unicode_escape").decode("ascii") for path in paths)

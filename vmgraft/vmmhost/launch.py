@@ -212,6 +212,7 @@ class Launcher:
                 timeout=options.timeout,
                 until=options.until,
                 serial=self._serial,
+                trace=options.trace,
             )
         )
         host = ExtensionHost(

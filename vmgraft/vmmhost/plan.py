@@ -37,6 +37,7 @@ class RunOptions:
         root: Folder that backing files must lie in.
         audit_log: File for the audit log.
         seed: Makes what extensions draw from ``random`` repeatable.
+        trace: Keep the I/O trace of the guest in the result.
     """
 
     cpu: str = "auto"
@@ -49,6 +50,7 @@ class RunOptions:
     root: Path | None = None
     audit_log: Path | None = None
     seed: bytes | None = None
+    trace: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -269,6 +269,34 @@ def test_killed_processes(tmp_path: Path, case: str) -> None:
         assert clean == before
 
 
+@pytest.mark.parametrize("case", ["foreign-bytes", "backed-sidecar"])
+def test_recovery_may_be_killed_too(tmp_path: Path, case: str) -> None:
+    raw_base(tmp_path)
+    make_image, _, placement = CASES[case]
+    path = make_image(tmp_path)
+    before, content = path.read_bytes(), read_all(path)
+    length = len(_record(path, lambda: _attach(path, placement)))
+    after, side = path.read_bytes(), _sidecar(path)
+    assert after != before
+    for first in (length - 4, length - 6):  # just before the commit; before the data
+        path.write_bytes(before)
+        assert _killed_after(first, lambda: _attach(path, placement))
+        half = path.read_bytes()
+        for count in range(1, 50):
+            path.write_bytes(half)
+            if side is not None:
+                sidecar_path(path).write_bytes(side)
+            killed = _killed_after(count, lambda: open_qcow2(path, writable=True).close())
+            qemu_check(path)
+            assert read_all(path) == content
+            open_qcow2(path, writable=True).close()
+            assert path.read_bytes() == before
+            assert _sidecar(path) is None
+            if not killed:
+                break
+        assert count > 4
+
+
 def test_a_read_only_open_reports_and_a_writable_one_cleans(tmp_path: Path) -> None:
     path = _plain(tmp_path)
     before = path.read_bytes()

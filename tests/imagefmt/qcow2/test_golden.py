@@ -94,9 +94,7 @@ def test_compressed(tmp_path: Path, version: int, method: str, cluster: int) -> 
 def test_extended_l2(tmp_path: Path, cluster: int, backed: bool) -> None:
     if backed:
         raw_base(tmp_path)
-    path = make(
-        tmp_path / "a.qcow2", cluster=cluster, options="extended_l2=on", backing="base.raw" if backed else None
-    )
+    path = make(tmp_path / "a.qcow2", cluster=cluster, options="extended_l2=on", backing="base.raw" if backed else None)
     pattern(path)
     qemu_io(path, "write -P 1 66k 2k", "write -z 70k 4k", "write -P 8 5M 2k", "write -z 2M 128k")
     _check_content(path)

@@ -1,6 +1,7 @@
 """Run as a program: become a worker in a test's sense, try what a worker must not do, and report it as JSON on stdout.
 
-argv: mode (``errno``: filter answers EPERM; ``kill``: filter ends the process; ``none``: everything but the filter), uid.
+argv: mode (``errno``: the filter answers EPERM; ``kill``: it ends the process; ``none``: everything but the filter),
+uid to be beforehand (0: as started).
 """
 
 import ctypes
@@ -11,6 +12,7 @@ import os
 import signal
 import socket
 import sys
+from pathlib import Path
 
 from vmgraft.vmmhost.layer import landlock, sandbox
 from vmgraft.vmmhost.layer.sandbox import NAMESPACES, Mechanism
@@ -44,11 +46,11 @@ def attempts(host, inherited):
         "open file": lambda: os.open("/etc/passwd", os.O_RDONLY),
         "open device": lambda: os.open("/dev/null", os.O_RDWR),
         "create file": lambda: os.open("/tmp/vmgraft-probe", os.O_CREAT | os.O_WRONLY, 0o600),
-        "list directory": lambda: os.listdir("/"),
-        "unlink": lambda: os.unlink("/tmp/vmgraft-probe"),
+        "list directory": lambda: list(Path("/").iterdir()),
+        "unlink": Path("/tmp/vmgraft-probe").unlink,
         "socket": tcp,
         "fork": fork,
-        "execve": lambda: os.execv("/bin/true", ["true"]),
+        "execve": lambda: os.execv("/bin/true", ["true"]),  # noqa: S606 - that it fails is the point
         "kill host": lambda: os.kill(host, 0),
         "ptrace host": lambda: call("ptrace", 16, host, 0, 0),
         "map executable": lambda: mmap.mmap(-1, 4096, prot=mmap.PROT_READ | mmap.PROT_EXEC),

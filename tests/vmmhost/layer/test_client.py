@@ -123,16 +123,16 @@ def test_on_start_sees_config(bench, wat):
 
 
 def test_hooks_get_what_the_guest_did(bench, wat):
-    store = "(i64.store (i32.const {}) {})"
-    module = wat(
-        f"""(func (export "on_pio_write") (param i32 i32 i32) (result i32)
-          {store.format(0, "(i64.extend_i32_u (i32.add (local.get 0) (i32.add (local.get 1) (local.get 2))))")} i32.const 0)
+    total = "(i32.add (local.get 0) (i32.add (local.get 1) (local.get 2)))"
+    products = "(i32.add (i32.mul (local.get 1) (local.get 2)) (i32.mul (local.get 3) (local.get 4)))"
+    module = wat(f"""
+        (func (export "on_pio_write") (param i32 i32 i32) (result i32)
+          (i64.store (i32.const 0) (i64.extend_i32_u {total})) i32.const 0)
         (func (export "on_mmio_write") (param i64 i32 i64) (result i32)
-          {store.format(0, "(i64.add (local.get 0) (local.get 2))")} i32.const 1)
+          (i64.store (i32.const 0) (i64.add (local.get 0) (local.get 2))) i32.const 1)
         (func (export "on_mmio_read") (param i64 i32) (result i64) (i64.load (i32.const 0)))
-        (func (export "on_hypercall") (param i32 i32 i32 i32 i32) (result i64) (i64.extend_i32_u
-          (i32.add (local.get 0) (i32.add (i32.mul (local.get 1) (local.get 2)) (i32.mul (local.get 3) (local.get 4))))))"""
-    )
+        (func (export "on_hypercall") (param i32 i32 i32 i32 i32) (result i64)
+          (i64.extend_i32_u (i32.add (local.get 0) {products})))""")
     proxy = bench.one(module)
     proxy.pio_write(0x510, 4, 0xF0000000)
     assert proxy.mmio_read(0, 8) == 0xF0000514

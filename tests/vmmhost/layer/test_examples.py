@@ -109,10 +109,14 @@ def image(examples):
 @pytest.fixture
 def devices(bench, examples):
     limits = LayerLimits(memory_mib=1, fuel_per_call=100_000)
-    clock = ExtensionSpec("org.vmgraft.clock", "1", (examples / "clock/module.wasm").read_bytes(), limits=limits,
-                          pio=(PioRange(0x510, 0x517),), hypercalls=(HypercallRange(16, 17),), log=True, now=True)  # fmt: skip
-    entropy = ExtensionSpec("org.vmgraft.entropy", "1", (examples / "entropy/module.wasm").read_bytes(), limits=limits,
-                            mmio=(MmioRange(0xD0000, 0x1000),), random=True)  # fmt: skip
+    clock = ExtensionSpec(
+        "org.vmgraft.clock", "1", (examples / "clock/module.wasm").read_bytes(), limits=limits, log=True, now=True,
+        pio=(PioRange(0x510, 0x517),), hypercalls=(HypercallRange(16, 17),),
+    )  # fmt: skip
+    entropy = ExtensionSpec(
+        "org.vmgraft.entropy", "1", (examples / "entropy/module.wasm").read_bytes(), limits=limits, random=True,
+        mmio=(MmioRange(0xD0000, 0x1000),),
+    )  # fmt: skip
     return bench.host(clock, entropy).proxies
 
 

@@ -154,13 +154,17 @@ def test_log_lines_cannot_forge(bench, wat):
 
 def _bomb(wat, functions):
     """Functions near the body limit in which many locals stay alive: hard work for a register allocator."""
-    locals_ = 400
+    count = 400
+
+    def local(number):
+        return f"(local.get {1 + number % count})"
+
     steps = "".join(
-        f"(local.set {1 + i % locals_} (i32.add (i32.mul (local.get {1 + i * 7 % locals_}) (local.get {1 + i * 13 % locals_}))"
-        f" (i32.rem_s (local.get {1 + i * 29 % locals_}) (local.get 0))))"
+        f"(local.set {1 + i % count} (i32.add (i32.mul {local(i * 7)} {local(i * 13)})"
+        f" (i32.rem_s {local(i * 29)} (local.get 0))))"
         for i in range(3500)
     )
-    body = f"(func (param i32) {'(local i32)' * locals_} (loop $l {steps} (br_if $l (local.get 5))))"
+    body = f"(func (param i32) {'(local i32)' * count} (loop $l {steps} (br_if $l (local.get 5))))"
     return wat(body * functions)
 
 

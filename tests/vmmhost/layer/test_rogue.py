@@ -136,7 +136,7 @@ def test_requests_without_end_meet_the_deadline(rogue):
 def test_a_closed_socket_is_a_death(rogue):
     item = rogue()
     item.socket.close()
-    fails(FaultKind.DIED, lambda: item.call())
+    fails(FaultKind.DIED, item.call)
 
 
 def test_a_worker_that_never_reads_its_module(rogue):

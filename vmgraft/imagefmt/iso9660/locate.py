@@ -107,8 +107,10 @@ def _assess(file: FlatFile, volume_space_size: int, field: bytes, locator: Locat
     state, detail = located.state, located.detail
     if state is GraftState.OK:
         state, detail = _state(file, found, locator, place)
-    if state is GraftState.OK and undo is not None:
-        state, detail = _original_problem(undo, locator, volume_space_size, field)
+    if state in (GraftState.OK, GraftState.OVERWRITTEN) and undo is not None:
+        problem = _original_problem(undo, locator, volume_space_size, field)
+        if state is GraftState.OK or problem[0] is not GraftState.OK:
+            state, detail = problem
     return replace(found, located=replace(located, state=state, detail=detail))
 
 
@@ -117,17 +119,14 @@ def _state(file: FlatFile, found: Found, locator: Locator, place: Appendix) -> t
     record = found.located.record or b""
     misplaced = locator.placement is Placement.INLINE and locator.record_offset != place.record
     missing = found.end - file.size
-    overwritten = GraftState.OVERWRITTEN
+    mismatch = sha256(record).digest() != locator.record_sha256
+    mismatch_state = GraftState.OVERWRITTEN if missing == 0 else GraftState.DAMAGED
     checks = (
         (misplaced, GraftState.DAMAGED, "the locator points to another place than behind the original image"),
         (missing > 0, GraftState.CUT, f"the last {missing} bytes are missing: the file was cut"),
-        (
-            sha256(record).digest() != locator.record_sha256,
-            overwritten,
-            "the record does not match the locator's digest",
-        ),
+        (not found.footer_sound, GraftState.DAMAGED, "the footer behind the record is not the locator's copy"),
         (found.undo is None, GraftState.DAMAGED, "the record's UNDO section is damaged"),
-        (not found.footer_sound, overwritten, "the footer behind the record is not the locator's copy"),
+        (mismatch, mismatch_state, "the record does not match the locator's digest"),
         (missing < 0, GraftState.GROWN, f"the file grew by {-missing} bytes behind the graft since attach"),
     )
     return _first(checks)
@@ -151,7 +150,7 @@ def _original_problem(undo: Undo, locator: Locator, volume_space_size: int, fiel
     foreign = original is not None and not in_descriptor and field != original
     checks = (
         (undo.file_size != locator.file_size, GraftState.DAMAGED, "UNDO and locator disagree about the original size"),
-        (resized, GraftState.OVERWRITTEN, "another program changed the volume's size since attach"),
+        (resized, GraftState.DAMAGED, "another program changed the volume's size since attach"),
         (field.startswith(MAGIC) and original is None, GraftState.DAMAGED, "UNDO lacks what stood in the volume descriptor"),
         (foreign, GraftState.DAMAGED, "the locator in the volume descriptor was overwritten"),
         (

@@ -125,8 +125,7 @@ def create_qcow2(
         UsageError: a parameter is out of range, or ``path`` exists.
         FileError: the file cannot be written.
     """
-    bits = cluster_size.bit_length() - 1
-    if cluster_size != 1 << bits or not lay.MIN_CLUSTER_BITS <= bits <= lay.MAX_CLUSTER_BITS:
+    if cluster_size not in [1 << bits for bits in range(lay.MIN_CLUSTER_BITS, lay.MAX_CLUSTER_BITS + 1)]:
         raise UsageError(f"cluster size {cluster_size} is not a power of two from 512 to 2097152")
     if version not in (2, 3):
         raise UsageError(f"version {version} is neither 2 nor 3")
@@ -137,7 +136,7 @@ def create_qcow2(
         raise UsageError("an image needs at least one byte of content", file=path)
     with atomic_output(path) as fd:
         rounded = -(-size // lay.SECTOR) * lay.SECTOR
-        builder = _Builder(Writer(fd, file=path), rounded, bits, version)
+        builder = _Builder(Writer(fd, file=path), rounded, cluster_size.bit_length() - 1, version)
         if builder.l1_size * 8 > lay.MAX_L1_BYTES:
             raise UsageError(f"{size} bytes of content need bigger clusters than {cluster_size}", file=path)
         builder.add_clusters(source)

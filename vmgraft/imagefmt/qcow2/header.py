@@ -295,7 +295,7 @@ def parse_header(data: bytes, file_size: int, *, file: str) -> Header:
     """Parse and check the header of a qcow2 image.
 
     Args:
-        data: The first cluster (or, while its size is unknown, the first 2 MiB or the whole file).
+        data: At least the first cluster, or the whole file where it is shorter.
         file_size: Size of the file in bytes.
         file: Its name, for error messages.
 

@@ -26,7 +26,11 @@ def read_header(flat: FlatFile) -> Header:
         MalformedImageError: it violates the specification.
         UnsupportedError: it uses features that are not known here.
     """
-    return parse_header(flat.read(0, 1 << lay.MAX_CLUSTER_BITS), flat.size, file=str(flat.path))
+    data = flat.read(0, 65536)
+    bits = int.from_bytes(data[20:24], "big")
+    if 16 < bits <= lay.MAX_CLUSTER_BITS:
+        data = flat.read(0, 1 << bits)
+    return parse_header(data, flat.size, file=str(flat.path))
 
 
 class Qcow2Image(Image):

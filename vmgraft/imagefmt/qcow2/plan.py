@@ -31,8 +31,12 @@ MIN_INLINE_CLUSTER: Final = 16384
 #: What later qemu-img operations may add to a header: v2 → v3 (40 + 8 + 392 bytes of feature names), bitmaps (32),
 #: backing format (24), a longer backing file name. A header without room makes `bitmap --add` lose the bitmap silently.
 RESERVE: Final = 2048
-_UPGRADE: Final = 40 + 8 + 392
-_SMALL_RESERVE: Final = 32 + 24 + 256
+_UPGRADE: Final = 40
+_FEATURE_NAMES: Final = 8 + 392
+#: QEMU writes feature names only into clusters of this size and more (measured with 7.2).
+_FEATURE_NAMES_CLUSTER: Final = 8192
+_BITMAPS: Final = 32
+_BACKING_FORMAT: Final = 24
 
 _FOREIGN = re.compile(rb"[^\0]+(?:\0{1,16}[^\0]+)*")
 Span = tuple[int, int]
@@ -70,7 +74,13 @@ def reserve(header: Header) -> int:
     """Return the bytes left free for later growth of the header."""
     if header.cluster_size >= MIN_INLINE_CLUSTER:
         return RESERVE
-    return _SMALL_RESERVE + (_UPGRADE if header.version < 3 else 0)
+    # Small clusters: what the header does not have yet, and a name of an eighth of the cluster.
+    wanted = max(0, min(256, header.cluster_size // 8) - len(header.backing_name))
+    wanted += 0 if header.find(lay.EXT_BITMAPS) else _BITMAPS
+    wanted += 0 if header.find(lay.EXT_BACKING_FORMAT) else _BACKING_FORMAT
+    if header.version < 3:
+        wanted += _UPGRADE + (_FEATURE_NAMES if header.cluster_size >= _FEATURE_NAMES_CLUSTER else 0)
+    return wanted
 
 
 def original_bytes(header: Header) -> tuple[Patch, ...]:

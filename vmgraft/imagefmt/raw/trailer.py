@@ -100,21 +100,19 @@ def _assess(file: FlatFile, locator: Locator, trailer: Trailer, offset: int) -> 
 
 
 def _state(file: FlatFile, locator: Locator, trailer: Trailer, record: bytes) -> tuple[GraftState, str]:
-    if file.size < trailer.end:
-        missing = trailer.end - file.size
-        return (
-            GraftState.CUT,
-            f"the last {missing} bytes of the trailer are missing: attach was interrupted or the file cut",
-        )
+    """Judge what stands where the trailer should; the worst thing counts."""
+    grown = file.size - trailer.end
+    if grown < 0:
+        return GraftState.CUT, f"the last {-grown} bytes are missing: attach was interrupted or the file cut"
     head, tail = (file.read(place, LOCATOR_SIZE) for place in (trailer.head, trailer.tail))
-    if sha256(record).digest() != locator.record_sha256:
-        return GraftState.OVERWRITTEN, "the record does not match the locator's digest"
     if head != tail:
-        return GraftState.OVERWRITTEN, "the two locators of the trailer differ"
+        return GraftState.DAMAGED, "the two locators of the trailer differ: another program wrote there"
     if _padding(file, locator, trailer):
-        return GraftState.OVERWRITTEN, "the padding of the trailer is not zero"
-    if file.size > trailer.end:
-        grown = file.size - trailer.end
+        return GraftState.DAMAGED, "the padding of the trailer is not zero: another program wrote there"
+    if sha256(record).digest() != locator.record_sha256:
+        state = GraftState.DAMAGED if grown else GraftState.OVERWRITTEN
+        return state, "the record does not match the locator's digest"
+    if grown:
         return GraftState.GROWN, f"the file grew by {grown} bytes behind the trailer since attach"
     return GraftState.OK, ""
 

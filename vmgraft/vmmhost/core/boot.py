@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import struct
 from dataclasses import dataclass
-from enum import Enum
+from enum import StrEnum
 from typing import Final
 
 from vmgraft.errors import NotBootableError
@@ -33,7 +33,7 @@ _PLATFORM_X86: Final = 0
 _DEFAULT_SEGMENT: Final = 0x7C0
 
 
-class BootSource(str, Enum):
+class BootSource(StrEnum):
     """Where the guest starts from."""
 
     AUTO = "auto"
@@ -152,9 +152,8 @@ def _initial_entry(disk: VerifiedDisk, raw: bytes, offset: int) -> BootPlan:
         raise NotBootableError("the default boot entry is not bootable", offset=offset, field="boot indicator")
     if media & 0x0F:
         hint = "floppy and hard-disk emulation are not offered; try --boot disk"
-        raise NotBootableError(
-            f"boot media type {media & 15} is not no-emulation", offset=offset, field="media", hint=hint
-        )
+        message = f"boot media type {media & 15} is not no-emulation"
+        raise NotBootableError(message, offset=offset, field="media", hint=hint)
     segment = segment or _DEFAULT_SEGMENT
     address, size = segment << 4, count * SECTOR
     if not size or address < LOAD_MIN or address + size > CONVENTIONAL_END:
@@ -167,4 +166,4 @@ def _initial_entry(disk: VerifiedDisk, raw: bytes, offset: int) -> BootPlan:
         raise NotBootableError(message, offset=offset, field="load RBA", hint="the image is truncated or damaged")
     # Entered as segment:0 by the letter; as 0000:7C00 by custom when that is the same address.
     entry = (0, address) if address == MBR_ADDRESS else (segment, 0)
-    return BootPlan(CDROM, CD_SECTOR, start, size, address, *entry, media=media)
+    return BootPlan(CDROM, CD_SECTOR, start, size, address, entry[0], entry[1], media)

@@ -6,12 +6,13 @@ Core devices and whatever is plugged in register the same way; nobody can claim 
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final, Protocol
 
 from vmgraft.errors import CapabilityError
 from vmgraft.vmmhost.core.contract import HypercallHandler, MmioHandler, PioEvent, PioHandler
+from vmgraft.vmmhost.core.cpu import POLL_SECONDS
 from vmgraft.vmmhost.core.memory import LOW_END, ROM_BASE
 
 CORE: Final = "core"
@@ -84,6 +85,7 @@ class Bus:
 
     def __init__(self, ram_end: int, *, trace: bool = False) -> None:
         self.stopping = False
+        self.poll_seconds = POLL_SECONDS
         self.poller: Callable[[], None] | None = None
         self.registers: Registers | None = None
         self.tracing = trace
@@ -128,7 +130,7 @@ class Bus:
             CapabilityError: when the range overlaps RAM, ROM, a reserved range or another claim.
         """
         claim = _Mmio(base, base + size - 1, owner, handler)
-        hole = LOW_END <= base and claim.last < ROM_BASE
+        hole = base >= LOW_END and claim.last < ROM_BASE
         above = self._ram_end <= base and claim.last < MMIO_END
         if size < 1 or not (hole or above):
             message = f"{owner} claims MMIO {base:#x}-{claim.last:#x}, which is not free of the core's RAM and ROM"
@@ -170,9 +172,7 @@ class Bus:
         if owner != CORE:
             self._owners.add(owner)
 
-    def _check(
-        self, what: str, claim: Claim, others: list[_Pio] | list[Claim | _Mmio] | list[Claim | _Hypercall]
-    ) -> None:
+    def _check(self, what: str, claim: Claim, others: Sequence[Claim]) -> None:
         for other in others:
             if claim.first <= other.last and other.first <= claim.last:
                 self._refuse(what, claim, other)

@@ -19,8 +19,10 @@ FLAG_ZERO: Final = 1 << 6
 FLAG_TRAP: Final = 1 << 8
 FLAG_INTERRUPT: Final = 1 << 9
 
-#: Wall-clock seconds between two calls of ``Dispatcher.poll``.
-POLL_SECONDS: Final = 0.01
+#: Wall-clock seconds between two calls of ``Dispatcher.poll`` while somebody wants ticks, and while nobody does: where
+#: KVM itself is nested, every interruption of the guest costs milliseconds.
+TICK_SECONDS: Final = 0.01
+POLL_SECONDS: Final = 0.05
 
 
 class Dispatcher(Protocol):
@@ -28,6 +30,8 @@ class Dispatcher(Protocol):
 
     #: Set when the machine shall stop; looked at after every access and every poll.
     stopping: bool
+    #: Wall-clock seconds between two polls; read when a run starts.
+    poll_seconds: float
 
     def pio_read(self, port: int, size: int) -> int: ...  # noqa: D102
     def pio_write(self, port: int, size: int, value: int) -> None: ...  # noqa: D102

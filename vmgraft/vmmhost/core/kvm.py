@@ -226,7 +226,7 @@ class Vcpu(_Descriptor):
         fcntl.ioctl(self.fd, abi.KVM_GET_SREGS, raw)
         return raw
 
-    def set_sregs(self, raw: bytes) -> None:
+    def set_sregs(self, raw: bytes | bytearray) -> None:
         """Set ``struct kvm_sregs``."""
         _ioctl(self.fd, abi.KVM_SET_SREGS, bytes(raw), "KVM_SET_SREGS")
 
@@ -279,9 +279,8 @@ def _internal(area: mmap.mmap) -> VcpuExit:
 
 
 def _fail_entry(area: mmap.mmap) -> VcpuExit:
-    return FailedExit(
-        f"the CPU refused to enter the guest, code {abi.EXIT_HARDWARE.unpack_from(area, abi.RUN_UNION)[0]:#x}"
-    )
+    code = abi.EXIT_HARDWARE.unpack_from(area, abi.RUN_UNION)[0]
+    return FailedExit(f"the CPU refused to enter the guest, code {code:#x}")
 
 
 def _system_event(area: mmap.mmap) -> VcpuExit:

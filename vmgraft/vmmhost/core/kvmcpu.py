@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Final
 from vmgraft.errors import EngineUnavailableError, HostError
 from vmgraft.vmmhost.core import kvm_abi as abi
 from vmgraft.vmmhost.core.contract import EndReason
-from vmgraft.vmmhost.core.cpu import FLAG_INTERRUPT, POLL_SECONDS, SEGMENTS, Cpu, CpuEnd, Dispatcher
+from vmgraft.vmmhost.core.cpu import FLAG_INTERRUPT, SEGMENTS, Cpu, CpuEnd, Dispatcher
 from vmgraft.vmmhost.core.kvm import (
     FailedExit,
     HaltExit,
@@ -139,7 +139,7 @@ class KvmCpu(Cpu):
         """Run until the guest ends or the dispatcher stops it."""
         if self._start is None:
             self._start = time.monotonic_ns()
-        with periodic_kick(POLL_SECONDS):
+        with periodic_kick(dispatcher.poll_seconds):
             end = self._loop(dispatcher)
         if end is None:
             self._settle()
@@ -147,7 +147,7 @@ class KvmCpu(Cpu):
 
     def _loop(self, dispatcher: Dispatcher) -> CpuEnd | None:
         vcpu, exits = self._vcpu, self.exits
-        next_poll = time.monotonic() + POLL_SECONDS
+        next_poll = time.monotonic() + dispatcher.poll_seconds
         while not dispatcher.stopping:
             leave = vcpu.run()
             if isinstance(leave, PioExit):
@@ -168,7 +168,7 @@ class KvmCpu(Cpu):
                     return CpuEnd(EndReason.HALT, f"HLT with interrupts off at {self._where()}")
             now = time.monotonic()
             if now >= next_poll:
-                next_poll = now + POLL_SECONDS
+                next_poll = now + dispatcher.poll_seconds
                 dispatcher.poll()
         return None
 

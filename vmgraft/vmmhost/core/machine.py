@@ -22,7 +22,7 @@ from vmgraft.errors import ContentMismatchError, HostError, UsageError, VmgraftE
 from vmgraft.vmmhost.core.boot import BootSource, find_boot
 from vmgraft.vmmhost.core.bus import CORE, Bus
 from vmgraft.vmmhost.core.contract import EndReason, PioEvent, PioHandler, TickHandler
-from vmgraft.vmmhost.core.cpu import Cpu
+from vmgraft.vmmhost.core.cpu import TICK_SECONDS, Cpu
 from vmgraft.vmmhost.core.devices import board
 from vmgraft.vmmhost.core.devices.cmos import Cmos
 from vmgraft.vmmhost.core.devices.serial import COM1, Serial
@@ -59,6 +59,7 @@ class MachineResult:
         trace_dropped: Accesses that the trace had no room for.
         blocks_checked: 64 KiB blocks read from the image and compared with what was verified.
         blocks_written: 64 KiB blocks that the guest changed in the overlay.
+        until_seen: Whether the text waited for was seen, even if the guest ended by itself then.
     """
 
     reason: EndReason
@@ -77,6 +78,7 @@ class MachineResult:
     trace_dropped: int
     blocks_checked: int
     blocks_written: int
+    until_seen: bool = False
 
 
 class Machine:
@@ -123,10 +125,10 @@ class Machine:
         self.plan = find_boot(disk, boot)
         self._timeout, self._until, self._sink = timeout, until, serial
         self._until_bytes = (until or "").encode("cp437", "replace")
-        self._serial, self._debug = bytearray(), bytearray()
+        self._serial, self._debug, self._tail = bytearray(), bytearray(), b""
         self._end: tuple[EndReason, str] | None = None
         self._tick_handlers: list[TickHandler] = []
-        self._started = False
+        self._started = self._until_seen = False
         self._deadline = self._next_look = float("inf")
         self.ram = GuestRam(memory_mib)
         self._cpu: Cpu | None = None
@@ -201,6 +203,7 @@ class Machine:
     def add_tick(self, handler: TickHandler) -> None:
         """Call ``handler`` about every 10 ms of wall-clock time, between guest instructions."""
         self._tick_handlers.append(handler)
+        self.bus.poll_seconds = TICK_SECONDS
 
     def stop(self, reason: EndReason, detail: str = "") -> None:
         """End the run; the first call counts."""
@@ -256,6 +259,7 @@ class Machine:
             trace_dropped=self.bus.events_dropped,
             blocks_checked=self.disk.blocks_checked,
             blocks_written=self.disk.blocks_written,
+            until_seen=self._until_seen,
         )
 
     def _poll(self) -> None:
@@ -269,7 +273,8 @@ class Machine:
             self.stop(EndReason.TIMEOUT, f"after {self._timeout:g} s")
 
     def _look(self) -> None:
-        if self._until is not None and self._end is None and self.screen.contains(self._until):
+        if self._until is not None and self.screen.contains(self._until):
+            self._until_seen = True
             self.stop(EndReason.UNTIL, "on the screen")
 
     def _serial_out(self, data: bytes) -> None:
@@ -277,7 +282,9 @@ class Machine:
             self._serial += data
         if self._sink is not None:
             self._sink(data)
-        if self._until_bytes and self._serial.endswith(self._until_bytes):
+        self._tail = (self._tail + data)[-len(self._until_bytes) :]
+        if self._until_bytes and self._tail == self._until_bytes:
+            self._until_seen = True
             self.stop(EndReason.UNTIL, "on the serial port")
 
     def close(self) -> None:

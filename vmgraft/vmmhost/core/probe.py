@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from ctypes import addressof, c_char
 from dataclasses import dataclass
-from enum import Enum
+from enum import StrEnum
 from typing import Final
 
 from vmgraft.errors import EngineUnavailableError, VmgraftError
@@ -25,7 +25,7 @@ _PROBE_CODE: Final = b"\x66\xb9" + struct.pack("<I", PROBE_ITERATIONS) + b"\x66\
 _PROBE_AT: Final = 0x1000
 
 
-class Engine(str, Enum):
+class Engine(StrEnum):
     """What the caller may ask for."""
 
     AUTO = "auto"
@@ -99,7 +99,7 @@ def _run_loop(vcpu: Vcpu) -> float:
 
 def probe_soft() -> EngineInfo:
     """Whether Unicorn can be imported."""
-    from vmgraft.vmmhost.core.softcpu import INSTALL_HINT, load_unicorn  # noqa: PLC0415 - loaded only on request
+    from vmgraft.vmmhost.core.softcpu import INSTALL_HINT, load_unicorn
 
     try:
         engine, _names = load_unicorn()
@@ -109,7 +109,7 @@ def probe_soft() -> EngineInfo:
 
 
 def _open_kvm(ram: GuestRam) -> Cpu:
-    from vmgraft.vmmhost.core.kvmcpu import KvmCpu  # noqa: PLC0415 - each engine is loaded only when asked for
+    from vmgraft.vmmhost.core.kvmcpu import KvmCpu
 
     info = probe_kvm()
     if not info.usable:
@@ -120,7 +120,7 @@ def _open_kvm(ram: GuestRam) -> Cpu:
 
 
 def _open_soft(ram: GuestRam) -> Cpu:
-    from vmgraft.vmmhost.core.softcpu import SoftCpu  # noqa: PLC0415 - Unicorn is optional
+    from vmgraft.vmmhost.core.softcpu import SoftCpu
 
     return SoftCpu(ram)
 

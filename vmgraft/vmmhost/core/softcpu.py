@@ -1,7 +1,7 @@
 """A CPU emulated in software by Unicorn: needs no /dev/kvm, and repeats itself exactly.
 
-The guest runs in slices of a counted number of instructions, so virtual time, interrupts and the I/O trace do not depend
-on the wall clock. (Stopping Unicorn asynchronously leaves a stale instruction pointer behind; counting does not.)
+The guest runs in slices of a counted number of instructions, so that virtual time, interrupts and the I/O trace do
+not depend on the wall clock. (Unicorn stopped by another thread leaves a stale instruction pointer behind.)
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any, Final
 
 from vmgraft.errors import EngineUnavailableError
 from vmgraft.vmmhost.core.contract import EndReason
-from vmgraft.vmmhost.core.cpu import FLAG_INTERRUPT, GENERAL, POLL_SECONDS, SEGMENTS, Cpu, CpuEnd, Dispatcher
+from vmgraft.vmmhost.core.cpu import FLAG_INTERRUPT, GENERAL, SEGMENTS, TICK_SECONDS, Cpu, CpuEnd, Dispatcher
 from vmgraft.vmmhost.core.memory import HIGH_BASE, LOW_END, ROM_BASE, GuestRam
 from vmgraft.vmmhost.core.softint import WITH_ERROR_CODE, Deliverer, DeliveryError
 from vmgraft.vmmhost.core.softirq import PicPair, PicPorts, Pit
@@ -211,34 +211,39 @@ class SoftCpu(Cpu):
             self._dispatcher = None
 
     def _loop(self, dispatcher: Dispatcher) -> CpuEnd | None:
-        next_poll = time.monotonic() + POLL_SECONDS
+        next_poll = time.monotonic() + dispatcher.poll_seconds
         while not dispatcher.stopping:
-            self._slice()
-            if dispatcher.stopping:
+            self._prepare()
+            if self._slice(dispatcher):
                 break
             end = self._after_slice(dispatcher)
             if end is not None:
                 return end
             now = time.monotonic()
             if now >= next_poll:
-                next_poll = now + POLL_SECONDS
+                next_poll = now + dispatcher.poll_seconds
                 dispatcher.poll()
         return None
 
-    def _slice(self) -> None:
-        """Run up to the next timer event, or a full slice."""
+    def _prepare(self) -> None:
+        """Forget what the last slice ended with."""
+        self._vector = self._to_watch = self._halt_at = None
+        self._accesses = 0
+
+    def _slice(self, dispatcher: Dispatcher) -> bool:
+        """Run up to the next timer event, or a full slice; True when the machine shall stop."""
         count = SLICE_MAX
         if self.pit.due is not None:
             count = max(SLICE_MIN, min(count, (self.pit.due - self._now) // INSTRUCTION_NS))
         if self._single_step:
             count = 1
-        self._vector = self._to_watch = self._halt_at = None
-        self._accesses = 0
+        self.exits["slice"] += 1
         self._uc.emu_start(self._pc(), _NEVER, count=count)
         if self._to_watch is not None:
             self._watch(self._to_watch)
-        self._now += INTERRUPT_NS if self._vector is not None else count * INSTRUCTION_NS
-        self.exits["slice"] += 1
+        else:
+            self._now += INTERRUPT_NS if self._vector is not None else count * INSTRUCTION_NS
+        return dispatcher.stopping
 
     def _pc(self) -> int:
         """Return the instruction pointer's low 32 bits: a 32-bit engine shows no more, in long mode too."""
@@ -253,8 +258,6 @@ class SoftCpu(Cpu):
             if not self.get("rflags") & FLAG_INTERRUPT:
                 return CpuEnd(EndReason.HALT, f"HLT with interrupts off at {self._where()}")
             self._idle(dispatcher)
-            if dispatcher.stopping:
-                return None
         self.pit.advance(self._now)
         self._single_step = False
         if self.pics.pending() and self.get("rflags") & FLAG_INTERRUPT:
@@ -268,7 +271,7 @@ class SoftCpu(Cpu):
     def _idle(self, dispatcher: Dispatcher) -> None:
         """Sleep in HLT until an interrupt is due; virtual time never runs ahead of the wall clock while idle."""
         while not self.pics.pending() and not dispatcher.stopping:
-            nap = int(POLL_SECONDS * 1e9)
+            nap = int(TICK_SECONDS * 1e9)
             if self.pit.due is not None:
                 nap = max(0, min(nap, self.pit.due - self._now))
             time.sleep(nap / 1e9)

@@ -20,6 +20,8 @@ _CR0_PE: Final = 1
 _EFER: Final = 0xC0000080
 _EFER_LMA: Final = 1 << 10
 _FLAG_NESTED: Final = 1 << 14
+_CR4_PSE: Final = 1 << 4
+_CR4_PAE: Final = 1 << 5
 
 
 class DeliveryError(Exception):
@@ -163,21 +165,20 @@ def walk(cr3: int, cr4: int, efer: int, linear: int, read: Callable[[int, int], 
     Raises:
         DeliveryError: when a table entry is not present.
     """
-    if not cr4 & 0x20:
-        levels, shift, size, table = ((22, 10), (12, 10)), 4, 4, cr3 & 0xFFFFF000
-    elif efer & _EFER_LMA:
-        levels, shift, size, table = ((39, 9), (30, 9), (21, 9), (12, 9)), 3, 8, cr3 & 0xFFFFFFFFFF000
-    else:
-        levels, shift, size, table = ((30, 2), (21, 9), (12, 9)), 3, 8, cr3 & 0xFFFFFFE0
-    large_allowed = size == 8 or bool(cr4 & 0x10)
+    large_allowed = bool(cr4 & (_CR4_PAE | _CR4_PSE))
+    size, mask, table = (8, 0xFFFFFFFFFF000, cr3 & 0xFFFFFFFFFF000) if cr4 & _CR4_PAE else (4, 0xFFFFF000, cr3 & ~0xFFF)
+    levels: tuple[tuple[int, int], ...] = ((22, 10), (12, 10))
+    large: tuple[int, ...] = (22,)
+    if cr4 & _CR4_PAE and efer & _EFER_LMA:
+        levels, large = ((39, 9), (30, 9), (21, 9), (12, 9)), (30, 21)
+    elif cr4 & _CR4_PAE:
+        levels, large, table = ((30, 2), (21, 9), (12, 9)), (21,), cr3 & 0xFFFFFFE0
     for low, bits in levels:
         index = linear >> low & ((1 << bits) - 1)
         entry = int.from_bytes(read(table + index * size, size), "little")
         if not entry & 1:
-            raise DeliveryError(f"no page for address {linear:#x}")
-        table = entry & (0xFFFFF000 if size == 4 else 0xFFFFFFFFFF000)
-        if low == 12 or (
-            entry & 0x80 and low in (21, 22, 30) and large_allowed and not (low == 30 and len(levels) == 3)
-        ):
+            break
+        table = entry & mask
+        if low == 12 or (entry & 0x80 and low in large and large_allowed):
             return (table & ~((1 << low) - 1)) | (linear & ((1 << low) - 1))
     raise DeliveryError(f"no page for address {linear:#x}")

@@ -99,18 +99,21 @@ def clone_worker(wanted: Mechanism) -> tuple[Child | None, Mechanism]:
     """Fork into as many of the wanted namespaces as the kernel gives; root needs no user namespace for the others.
 
     Returns:
-        The child (None in the child itself) and the namespaces it is in.
+        The child (None in the child itself), and the namespaces it is in; with UNPRIVILEGED_UID where the user behind
+        it is not root, whatever a user namespace may show.
 
     Raises:
         OSError: not even a plain fork works.
     """
-    if os.geteuid() == 0:
+    root = os.geteuid() == 0
+    uid = Mechanism(0) if root else Mechanism.UNPRIVILEGED_UID
+    if root:
         wanted &= ~Mechanism.NS_USER
     try:
-        return clone(_flags(wanted)), wanted
+        return clone(_flags(wanted)), wanted | uid
     except OSError:
         possible = _probe(wanted)
-    return clone(_flags(possible)), possible
+    return clone(_flags(possible)), possible | uid
 
 
 def _flags(namespaces: Mechanism) -> int:
@@ -165,13 +168,19 @@ def lock_down(socket_fd: int, memory_mib: int, namespaces: Mechanism) -> Mechani
 
 
 def _drop_root(namespaces: Mechanism) -> Mechanism:
-    """Become nobody. Inside a user namespace without a map the process has no rights outside it, and no uid to set."""
-    if Mechanism.NS_USER not in namespaces and os.getuid() == 0:
-        with contextlib.suppress(OSError):
-            os.setgroups([])
-            os.setresgid(NOBODY, NOBODY, NOBODY)
-            os.setresuid(NOBODY, NOBODY, NOBODY)
-    return Mechanism.UNPRIVILEGED_UID if os.getuid() != 0 else Mechanism(0)
+    """Become nobody, where root is root. In a user namespace without a map there is no uid to change to.
+
+    A container's root there keeps the owner's rights to its files, so it does not count as unprivileged.
+    """
+    if Mechanism.NS_USER in namespaces or os.getuid() != 0:
+        return Mechanism(0)
+    try:
+        os.setgroups([])
+        os.setresgid(NOBODY, NOBODY, NOBODY)
+        os.setresuid(NOBODY, NOBODY, NOBODY)
+    except OSError:
+        return Mechanism(0)
+    return Mechanism.UNPRIVILEGED_UID
 
 
 def _limit(memory_mib: int) -> None:

@@ -8,7 +8,6 @@ from typing import Any, Final, Protocol
 from vmgraft.vmmhost.layer.abi import (
     IMPORT_MODULE,
     IMPORTS,
-    MASK32,
     MASK64,
     MAX_ACCESS_BYTES,
     MAX_COPY_BYTES,
@@ -94,16 +93,15 @@ class Services:
             raise ModuleTrapError("an import was called before the module was ready")
         return self._machine.store
 
-    # --- the imports, named as in the ABI with an underscore before; i32 arrive signed ---
+    # --- the imports, named as in the ABI with an underscore before; integers arrive unsigned ---
 
     def _config_read(self, pointer: int, length: int, offset: int) -> int:
-        start = offset & MASK32
-        chunk = self._config[start : start + (length & MASK32)]
-        self._save(pointer & MASK32, chunk)
+        chunk = self._config[offset : offset + length]
+        self._save(pointer, chunk)
         return len(chunk)
 
     def _log(self, pointer: int, length: int) -> None:
-        text = self._load(pointer & MASK32, min(length & MASK32, MAX_LOG_BYTES))
+        text = self._load(pointer, min(length, MAX_LOG_BYTES))
         if self._log_left <= 0:
             return
         sent = text[: self._log_left]
@@ -115,16 +113,15 @@ class Services:
         return self.now
 
     def _random(self, pointer: int, length: int) -> None:
-        self._save(pointer & MASK32, self._source.take(self._copy_length(length)))
+        self._save(pointer, self._source.take(self._copy_length(length)))
 
     def _set_tick(self, nanoseconds: int) -> None:
-        self._requests.tell(Kind.SET_TICK, nanoseconds & MASK64)
+        self._requests.tell(Kind.SET_TICK, nanoseconds)
 
     def _stop(self) -> None:
         self._requests.tell(Kind.STOP)
 
     def _guest_read(self, gpa: int, pointer: int, length: int) -> int:
-        pointer, gpa = pointer & MASK32, gpa & MASK64
         count = self._copy_length(length)
         self._check(pointer, count)
         for at in range(0, count, MAX_ACCESS_BYTES):
@@ -133,14 +130,13 @@ class Services:
         return 0
 
     def _guest_write(self, gpa: int, pointer: int, length: int) -> int:
-        data, gpa = self._load(pointer & MASK32, self._copy_length(length)), gpa & MASK64
+        data = self._load(pointer, self._copy_length(length))
         for at in range(0, len(data), MAX_ACCESS_BYTES):
             self._requests.write_guest((gpa + at) & MASK64, data[at : at + MAX_ACCESS_BYTES])
         return 0
 
     @staticmethod
     def _copy_length(length: int) -> int:
-        count = length & MASK32
-        if count > MAX_COPY_BYTES:
-            raise ModuleTrapError(f"{count} bytes are more than the {MAX_COPY_BYTES} that one call may copy")
-        return count
+        if length > MAX_COPY_BYTES:
+            raise ModuleTrapError(f"{length} bytes are more than the {MAX_COPY_BYTES} that one call may copy")
+        return length

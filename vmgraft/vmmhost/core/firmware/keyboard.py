@@ -26,7 +26,7 @@ NAMED_KEYS: Final = {
 
 
 def key_code(char: str) -> int:
-    """Return scan code and character of a key, as INT 16h gives them in AX; characters without a key get scan code 0."""
+    """Return scan code and character of a key as INT 16h gives them in AX; scan code 0 for what no key has."""
     if char in _SPECIAL:
         return _SPECIAL[char]
     base = _SHIFTED.get(char, char.lower())

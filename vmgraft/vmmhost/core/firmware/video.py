@@ -71,8 +71,9 @@ class Video:
     def _move(self, page: int, row: int, column: int) -> None:
         self._ram.put(BiosData.CURSOR + page % _PAGES * 2, 2, row << 8 | column)
 
-    def _scroll(self, page: int, top: int, left: int, bottom: int, right: int, lines: int, attribute: int) -> None:
-        """Move a window up by ``lines`` (down when negative); 0 clears it."""
+    def _scroll(self, page: int, window: tuple[int, int, int, int], lines: int, attribute: int) -> None:
+        """Move a window (top, left, bottom, right) up by ``lines`` (down when negative); 0 clears it."""
+        top, left, bottom, right = window
         width = (right - left + 1) * 2
         rows = [self._ram.read(self._cell(page, row, left), width) for row in range(top, bottom + 1)]
         blank = bytes((0x20, attribute)) * (width // 2)
@@ -102,7 +103,7 @@ class Video:
             row, column = row + 1, 0
         if row >= ROWS:
             below = self._ram.get(self._cell(page, ROWS - 1, 0) + 1, 1)
-            self._scroll(page, 0, 0, ROWS - 1, COLUMNS - 1, 1, below)
+            self._scroll(page, (0, 0, ROWS - 1, COLUMNS - 1), 1, below)
             row = ROWS - 1
         self._move(page, row, column)
 
@@ -129,7 +130,7 @@ class Video:
         bottom, right = min(call.dx >> 8, ROWS - 1), min(call.dx & 0xFF, COLUMNS - 1)
         if top <= bottom and left <= right:
             page = self._ram.get(BiosData.PAGE, 1)
-            self._scroll(page, top, left, bottom, right, call.al if up else -call.al, call.bx >> 8)
+            self._scroll(page, (top, left, bottom, right), call.al if up else -call.al, call.bx >> 8)
 
     def _read_cell(self, call: Call) -> None:
         call.ax = self._ram.get(self._cell(call.bx >> 8, *self._cursor(call.bx >> 8)), 2)

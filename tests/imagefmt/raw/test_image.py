@@ -1,0 +1,264 @@
+"""Raw images: sizes, states, and what other programs do to a trailer."""
+
+import os
+import struct
+from pathlib import Path
+
+import pytest
+from imagefmt_helpers import attach, content_of, digest, flip, operations_of, problem_of, sample_sections, state_of, tool
+
+from vmgraft.errors import GraftFormatError, NoRoomError, UnsupportedError, UsageError
+from vmgraft.imagefmt.contract import GraftState, Kind, Placement
+from vmgraft.imagefmt.graft import detach_image, open_image
+from vmgraft.imagefmt.record import Section, SectionKind
+from vmgraft.imagefmt.sidecar import sidecar_path
+
+MIB = 1 << 20
+
+
+def noise(size):
+    return os.urandom(size)
+
+
+def trailer_of(path):
+    with open_image(path) as image:
+        locator = image.locate().locator
+    head = -(-locator.file_size // 4096) * 4096
+    return head, locator, path.stat().st_size
+
+
+@pytest.mark.parametrize("size", [1, 511, 512, 513, 4095, 4096, 4097, 100_000, MIB])
+def test_every_size_comes_back(tmp_path, size):
+    path = tmp_path / "disk.img"
+    original = noise(size)
+    path.write_bytes(original)
+    attach(path, Placement.INLINE)
+    head, locator, end = trailer_of(path)
+    data = path.read_bytes()
+    assert head % 4096 == 0 and end % 4096 == 0
+    assert end - size < MIB
+    assert data[:size] == original
+    assert not any(data[size:head])
+    assert data[head : head + 128] == data[-128:]
+    assert data[head + 128 : head + 136] == b"VMGRAFT\0"
+    assert locator.file_size == size
+    with open_image(path) as image:
+        assert image.virtual_size == -(-size // 512) * 512
+        assert image.read(0, 1 << 30) == original.ljust(image.virtual_size, b"\0")
+        assert image.read(size, 600) == bytes(image.virtual_size - size)
+        assert image.read(image.virtual_size, 1) == b""
+        assert sum(extent.length for extent in image.extents()) == image.virtual_size
+    detach_image(path)
+    assert path.read_bytes() == original
+
+
+def test_attach_is_one_write_and_detach_one_truncate(raw_image):
+    names = [item.name for item in operations_of(lambda: attach(raw_image, Placement.INLINE))]
+    assert names == ["write", "sync"]
+    assert [item.name for item in operations_of(lambda: detach_image(raw_image))] == ["truncate", "sync"]
+
+
+def test_the_room_is_exact(raw_image):
+    before = digest(raw_image)
+    with open_image(raw_image) as image:
+        room = image.room().inline
+    overhead = len(attach(raw_image, Placement.SIDECAR, [Section(SectionKind.FILES, b"")]).record)
+    detach_image(raw_image)
+    with pytest.raises(NoRoomError) as caught:
+        attach(raw_image, Placement.INLINE, [Section(SectionKind.FILES, noise(room - overhead + 1))])
+    assert "sidecar" in caught.value.hint
+    assert digest(raw_image) == before
+    attach(raw_image, Placement.INLINE, [Section(SectionKind.FILES, noise(room - overhead))])
+    assert raw_image.stat().st_size - len(bytes(range(256)) * 40 + b"odd") < MIB
+    assert problem_of(raw_image) is None
+    detach_image(raw_image)
+    assert digest(raw_image) == before
+
+
+def test_holes_are_reported_and_kept(tmp_path):
+    path = tmp_path / "disk.img"
+    with open(path, "wb") as file:
+        file.truncate(64 * MIB)
+        file.seek(32 * MIB)
+        file.write(noise(65536))
+    blocks = path.stat().st_blocks
+    attach(path, Placement.INLINE)
+    with open_image(path) as image:
+        runs = [(extent.kind, extent.start, extent.length) for extent in image.extents()]
+    assert runs == [
+        (Kind.HOLE, 0, 32 * MIB),
+        (Kind.DATA, 32 * MIB, 65536),
+        (Kind.HOLE, 32 * MIB + 65536, 32 * MIB - 65536),
+    ]
+    assert path.stat().st_blocks < blocks + 200
+
+
+@pytest.fixture
+def grafted(raw_image):
+    attach(raw_image, Placement.INLINE)
+    return raw_image
+
+
+def test_cut(grafted, raw_image):
+    head, locator, end = trailer_of(grafted)
+    whole, original = grafted.read_bytes(), content_of(grafted)
+    for size in (head + 128, head + 129, head + 128 + locator.record_size, end - 128, end - 1):
+        grafted.write_bytes(whole[:size])
+        assert state_of(grafted) is GraftState.CUT
+        assert content_of(grafted) == original
+        assert "missing" in problem_of(grafted)
+        detach_image(grafted)
+        assert grafted.read_bytes() == whole[: locator.file_size]
+
+
+def test_overwritten_record(grafted):
+    head, _, _ = trailer_of(grafted)
+    flip(grafted, head + 128 + 70)
+    assert state_of(grafted) is GraftState.OVERWRITTEN
+    assert problem_of(grafted)
+
+
+@pytest.mark.parametrize("place", ["head", "tail", "padding", "gap"])
+def test_overwritten_around_the_record(grafted, place):
+    head, locator, end = trailer_of(grafted)
+    before = grafted.read_bytes()[: locator.file_size]
+    offset = {"head": head, "tail": end - 128, "padding": end - 129, "gap": locator.file_size}[place]
+    flip(grafted, offset)
+    assert state_of(grafted) is GraftState.DAMAGED
+    assert problem_of(grafted)
+    detach_image(grafted)
+    assert grafted.read_bytes() == before
+
+
+def test_both_locators_damaged(grafted):
+    head, _, end = trailer_of(grafted)
+    flip(grafted, head + 20)
+    flip(grafted, end - 100)
+    damaged = digest(grafted)
+    assert state_of(grafted) is GraftState.DAMAGED
+    assert "digest" in problem_of(grafted)
+    with pytest.raises(GraftFormatError):
+        detach_image(grafted)
+    assert digest(grafted) == damaged
+
+
+@pytest.mark.parametrize("how", ["resize", "append", "append much"])
+def test_grown(grafted, how):
+    original, before = content_of(grafted), grafted.read_bytes()
+    if how == "resize":
+        tool("qemu-img", "resize", "-q", "-f", "raw", grafted, "3G")
+    else:
+        with open(grafted, "ab") as file:
+            file.write(b"\x11" * (4096 if how == "append" else 900_000))
+    assert state_of(grafted) is GraftState.GROWN
+    assert content_of(grafted) == original
+    assert "grew" in problem_of(grafted)
+    with pytest.raises(UsageError, match="would be lost") as caught:
+        detach_image(grafted)
+    assert str(len(before)) in caught.value.hint
+    os.truncate(grafted, len(before))
+    assert grafted.read_bytes() == before
+    detach_image(grafted)
+
+
+def gpt_disk(path):
+    with open(path, "wb") as file:
+        file.truncate(8 * MIB)
+    tool("sgdisk", "--new=1:2048:0", path)
+    return path
+
+
+def test_a_gpt_disk_that_grew_by_data_is_found_through_its_gpt(tmp_path):
+    path = gpt_disk(tmp_path / "disk.img")
+    original = path.read_bytes()
+    attach(path, Placement.INLINE)
+    with open(path, "ab") as file:
+        file.write(b"\x22" * (3 * MIB))
+    assert state_of(path) is GraftState.GROWN
+    assert content_of(path) == original
+
+
+def test_sgdisk_moving_the_backup_gpt_is_noticed(tmp_path):
+    path = gpt_disk(tmp_path / "disk.img")
+    attach(path, Placement.INLINE, [*sample_sections(), Section(SectionKind.FILES, noise(60_000))])
+    tool("sgdisk", "--verify", path)
+    assert state_of(path) is GraftState.OK
+    tool("sgdisk", "--move-second-header", path)
+    assert state_of(path) is GraftState.DAMAGED
+    assert "another program wrote there" in problem_of(path)
+
+
+def test_a_write_into_the_content_leaves_the_graft_alone(grafted):
+    tool("qemu-io", "-f", "raw", "-c", "write -P 7 512 512", grafted)
+    assert state_of(grafted) is GraftState.OK
+    assert content_of(grafted)[512:1024] == b"\7" * 512
+
+
+@pytest.mark.parametrize("size", [5 * MIB, 5 * MIB + 3])
+@pytest.mark.parametrize("name", ["disk.img", "with, comma and space.img"])
+def test_the_recipes_show_the_pristine_disk(tmp_path, size, name):
+    path, original = tmp_path / name, tmp_path / "original.img"
+    original.write_bytes(noise(size))
+    tool("cp", original, path)
+    attach(path, Placement.INLINE)
+    with open_image(path) as image:
+        recipes, virtual_size = image.metadata()["recipes"], image.virtual_size
+    _, quoted = recipes["qemu-img"].split(" ", 1)
+    output = tool("sh", "-c", f"qemu-img info --image-opts {quoted} | grep 'virtual size'").stdout
+    assert f"({virtual_size} bytes)" in output
+    padded = tmp_path / "padded.img"
+    padded.write_bytes(original.read_bytes().ljust(virtual_size, b"\0"))
+    ours = f"driver=raw,file.driver=file,file.filename={padded}"
+    assert "identical" in tool("sh", "-c", f"qemu-img compare --image-opts {ours} {quoted}").stdout
+    assert recipes["losetup"].split()[4] == str(virtual_size)
+    assert f"size='{virtual_size}'" in recipes["libvirt"]
+    assert recipes["nbdkit"].endswith(f"truncate={virtual_size}")
+
+
+def test_metadata(tmp_path, raw_image):
+    with open_image(raw_image) as image:
+        facts = image.metadata()
+    assert facts["partitionTable"] == "none"
+    assert facts["fileSize"] == facts["contentSize"] == raw_image.stat().st_size
+    assert "recipes" not in facts
+    with open_image(gpt_disk(tmp_path / "gpt.img")) as image:
+        assert image.metadata()["partitionTable"] == "gpt"
+    mbr = tmp_path / "mbr.img"
+    mbr.write_bytes(bytes(510) + b"\x55\xaa")
+    with open_image(mbr) as image:
+        assert image.metadata()["partitionTable"] == "mbr"
+
+
+def test_firmware_is_refused(tmp_path):
+    by_name, by_content = tmp_path / "OVMF.FD", tmp_path / "vars.img"
+    by_name.write_bytes(bytes(4096))
+    by_content.write_bytes(bytes(40) + b"_FVH" + bytes(4096))
+    for path in (by_name, by_content):
+        with pytest.raises(UnsupportedError, match="firmware"):
+            open_image(path)
+
+
+def test_the_grub_floppy(tmp_path):
+    source = Path("/usr/lib/grub-rescue/grub-rescue-floppy.img")
+    path = tmp_path / "floppy.img"
+    tool("cp", source, path)
+    attach(path, Placement.INLINE)
+    assert content_of(path) == source.read_bytes()
+    detach_image(path)
+    assert path.read_bytes() == source.read_bytes()
+
+
+def test_a_locator_only_counts_where_it_says_it_is(tmp_path, grafted):
+    """A grafted image inside another one's file system must not be taken for the outer one's graft."""
+    inner = grafted.read_bytes()
+    outer = tmp_path / "outer.img"
+    outer.write_bytes(noise(8192) + inner)
+    with open_image(outer) as image:
+        assert image.locate().state is GraftState.NONE
+        assert image.virtual_size == -(-(8192 + len(inner)) // 512) * 512
+    assert struct.unpack_from("<8s", inner, len(inner) - 128)[0] == b"VMGRAFT\0"
+
+
+def test_a_stale_sidecar_does_not_hide_a_trailer(grafted):
+    sidecar_path(grafted).write_bytes(b"VMGRAFT\0 rubbish")
+    assert state_of(grafted) is GraftState.OK

@@ -1,0 +1,59 @@
+"""Images with hostile and harmless extensions, made by the vendor's own code."""
+
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pytest
+import wasmtime
+
+from vmgraft.signing.keyfiles import write_keypair
+from vmgraft.signing.keys import generate
+from vmgraft.signing.manifest import canonical_manifest, parse_manifest
+from vmgraft.signing.policytools import format_policy, init_policy
+from vmgraft.vendor.graft import AttachOptions, attach
+from vmgraft.vendor.pack import Package
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+class Studio:
+    """Grafts WAT modules into an image that boots the example guest."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.key = generate("p256")
+        write_keypair(folder / "vendor", self.key, None)
+        self.image = folder / "disk.img"
+        self.policy = folder / "policy.json"
+
+    def graft(self, module: bytes, **fields: object) -> None:
+        """Attach one extension that claims the clock's ports and hypercalls, and a policy that grants all of it."""
+        manifest = {
+            "id": "org.example.culprit", "version": "1.0", "securityVersion": 1, "abi": "vmgraft/1",
+            "module": "module.wasm", "onFault": "detach",
+            "capabilities": ["log", "guest:0x10000+0x1000:rw", "pio:0x510-0x517", "hypercall:16-17"],
+            "limits": {"memoryMiB": 1, "fuelPerCall": 1_000_000, "callMs": 500, "logBytes": 1024},
+            **fields,
+        }  # fmt: skip
+        data = canonical_manifest(manifest)
+        guest = (ROOT / "examples" / "guest" / "guest.bin").read_bytes()
+        self.image.write_bytes(guest.ljust(1 << 20, b"\0"))
+        attach(self.image, [Package("org.example.culprit", "1.0", data, module)], [self.key], AttachOptions())
+        document = init_policy({"vendor": self.key.public}, [parse_manifest(data)])
+        self.policy.write_bytes(format_policy(document))
+
+    def wat(self, body: str, imports: str = "") -> bytes:
+        """Assemble a module of ABI vmgraft/1 around some functions."""
+        text = f'(module {imports} (memory (export "memory") 1 1) (func (export "vmgraft_abi_1")) {body})'
+        return bytes(wasmtime.wat2wasm(text))
+
+
+@pytest.fixture
+def studio(tmp_path: Path) -> Studio:
+    return Studio(tmp_path)
+
+
+@pytest.fixture
+def now() -> Callable[[], datetime]:
+    return lambda: datetime.now(UTC)

@@ -1,0 +1,6 @@
+%include "lib.inc"
+        begin
+        xor     cx, cx
+        div     cx
+        jmp     poweroff
+        finish

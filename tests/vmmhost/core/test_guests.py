@@ -1,0 +1,185 @@
+"""Small guests, each on both engines."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+
+from vmgraft.vmmhost.core.contract import EndReason
+from vmgraft.vmmhost.core.probe import Engine
+
+
+def words(serial: bytes) -> list[int]:
+    return [int(word, 16) for word in serial.decode().split()]
+
+
+def test_serial_and_power_off(engine, run_guest):
+    seen = bytearray()
+    result = run_guest(engine, "serial", serial=seen.extend)
+    assert (result.reason, result.detail) == (EndReason.SHUTDOWN, "port 0x604")
+    assert result.serial == bytes(seen) == b"hello from the guest\n"
+    assert result.engine == engine.value
+    assert result.emulated is not None
+    assert result.wall_seconds < 5
+
+
+def test_text_screen(engine, run_guest):
+    result = run_guest(engine, "screen")
+    assert result.reason is EndReason.HALT
+    # the scroll moved everything up by one line
+    assert result.screen[0] == "seconD"
+    assert result.screen[9] == " " * 70 + "─" * 10
+    assert result.screen[10] == "─" * 10
+    assert result.screen[23].endswith("X")
+    assert result.screen[24] == "Y"
+    assert result.screen[5] == "  string"
+    assert words(result.serial) == [0x0A46, 0x1EC4, 0x5003]
+
+
+def test_disk_services(engine, run_guest, guest):
+    image = guest("disk")
+    image.data[1024:1028] = (0xCAFEF00D).to_bytes(4, "little")
+    before = bytes(image.data)
+    result = run_guest(engine, image)
+    assert result.reason is EndReason.SHUTDOWN
+    assert words(result.serial) == [
+        *(0xAA55, 0x0000, 0xCAFEF00D, 0x0000, 0xCAFEF00D),
+        *(0x0000, 0x0000, 0x12345678),
+        *(0x0000, 0x013F, 0x0F01),
+        *(0x0000, 2048, 0x10400, 0x10900),
+    ]
+    assert bytes(image.data) == before
+    assert result.blocks_written == 1
+
+
+def test_keys(engine, run_guest):
+    result = run_guest(engine, "keyboard", keys="aZ\x1b\n")
+    assert result.reason is EndReason.SHUTDOWN
+    assert words(result.serial) == [0, 0x1E61, 0x2C5A, 0x011B]
+
+
+def test_key_wait(engine, run_guest):
+    result = run_guest(engine, "keyboard", keys="q", stop_on_key_wait=True)
+    assert result.reason is EndReason.KEY_WAIT
+    assert words(result.serial) == [0, 0x1071]
+
+
+def test_blocking_read_sleeps_until_the_time_limit(engine, run_guest):
+    cpu_before = time.process_time()
+    result = run_guest(engine, "keyboard", timeout=0.6)
+    assert result.reason is EndReason.TIMEOUT
+    assert words(result.serial) == [0x40]
+    assert time.process_time() - cpu_before < 0.5
+
+
+def test_spinning_guest_is_stopped(engine, run_guest):
+    result = run_guest(engine, "spin", timeout=0.5)
+    assert result.reason is EndReason.TIMEOUT
+    assert result.detail == "after 0.5 s"
+    assert result.serial == b"spinning"
+    assert 0.4 < result.wall_seconds < 3
+
+
+def test_until_on_serial(engine, run_guest):
+    result = run_guest(engine, "spin", until="spin")
+    assert (result.reason, result.detail) == (EndReason.UNTIL, "on the serial port")
+    assert result.serial == b"spin"
+    assert result.until_seen
+
+
+def test_until_on_screen_even_if_the_guest_ends_first(engine, run_guest):
+    result = run_guest(engine, "screen", until="seconD")
+    assert result.until_seen
+    assert result.reason in (EndReason.HALT, EndReason.UNTIL)
+
+
+def test_until_never_seen(engine, run_guest):
+    result = run_guest(engine, "serial", until="no such text")
+    assert result.reason is EndReason.SHUTDOWN
+    assert not result.until_seen
+
+
+def test_holes_read_as_ones_and_rom_stays(engine, run_guest):
+    result = run_guest(engine, "hole")
+    assert words(result.serial) == [0xFFFFFFFF, 0xFF, 0xFFFFFFFF, 0xFF, 0xFC]
+
+
+def test_string_io_is_complete(engine, run_guest):
+    result = run_guest(engine, "rep")
+    assert result.reason is EndReason.SHUTDOWN
+    assert result.serial[:26] == b"abcdefghijklmnopqrstuvwxyz"
+    assert words(result.serial[26:]) == [0xFFFFFFFF]
+    assert len(result.debug) == 20000
+
+
+def test_processor_modes_and_timer_interrupts(engine, run_guest):
+    result = run_guest(engine, "modes")
+    if engine is Engine.KVM and result.emulated and "could not be emulated" in result.detail:
+        assert result.serial.startswith(b"RP")
+        pytest.skip(f"this KVM emulates guest code and lacks an instruction: {result.detail}")
+    assert result.reason is EndReason.SHUTDOWN, result.detail
+    assert result.serial == b"RPITL"
+
+
+def test_time(engine, run_guest):
+    epoch = 1_700_000_000  # 2023-11-14 22:13:20 UTC
+    result = run_guest(engine, "ticks", rtc_epoch=epoch)
+    assert result.serial.startswith(b"ticked ")
+    clock, date, century = words(result.serial[7:])
+    assert (clock, date, century) == (0x2213, 0x20231114, 0x20)
+    # three ticks of 55 ms, the first of which may be under way, and 30 ms up to the next tick
+    assert 0.13 < result.virtual_ns / 1e9 < 2
+    assert 0.1 < result.wall_seconds < 5
+
+
+def test_memory_map(engine, run_guest):
+    result = run_guest(engine, "memory", memory_mib=32)
+    assert words(result.serial) == [
+        *(0, 0x9FC00, 1),
+        *(0x9FC00, 0x400, 2),
+        *(0xF0000, 0x10000, 2),
+        *(0x100000, 31 << 20, 1),
+        *(639, (16 << 20) >> 16, 3),
+    ]
+
+
+def test_code_loaded_over_code(engine, run_guest):
+    assert run_guest(engine, "overlay").serial == b"ABX"
+
+
+def test_divide_error_names_the_place(engine, run_guest):
+    result = run_guest(engine, "divide")
+    assert result.reason is EndReason.ERROR
+    assert "divide error in the guest at 0000:7c" in result.detail
+
+
+def test_reset_line(engine, run_guest):
+    assert run_guest(engine, "reset").reason is EndReason.RESET
+
+
+def test_halt_with_interrupts_off(engine, run_guest):
+    result = run_guest(engine, "halt")
+    assert result.reason is EndReason.HALT
+    assert result.serial == b"before"
+
+
+def test_a_byte_that_looks_like_hlt_is_not(engine, run_guest):
+    result = run_guest(engine, "count")
+    assert result.reason is EndReason.SHUTDOWN
+    assert words(result.serial) == [1_500_000]
+
+
+@pytest.mark.parametrize("name", ["serial", "screen", "disk", "hole", "rep", "memory", "overlay", "halt"])
+def test_both_engines_show_the_same_trace(kvm, run_guest, name):
+    soft, hard = (run_guest(each, name, trace=True, rtc_epoch=0) for each in (Engine.SOFT, kvm))
+    assert len(soft.trace) > 4
+    assert soft.trace == hard.trace
+    assert (soft.screen, soft.serial, soft.reason) == (hard.screen, hard.serial, hard.reason)
+
+
+def test_soft_engine_repeats_itself(run_guest):
+    first, second = (run_guest(Engine.SOFT, "ticks", trace=True, rtc_epoch=0) for _ in range(2))
+    assert first.trace == second.trace
+    assert first.virtual_ns == second.virtual_ns
+    assert first.exits == second.exits
