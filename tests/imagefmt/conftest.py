@@ -7,7 +7,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from imagefmt_helpers import iso_bytes, sample_sections  # noqa: E402 - the line above makes it importable
+from imagefmt_helpers import iso_bytes, sample_sections, tool
 
 
 @pytest.fixture
@@ -26,4 +26,12 @@ def raw_image(tmp_path):
 def iso_image(tmp_path):
     path = tmp_path / "disc.iso"
     path.write_bytes(iso_bytes())
+    return path
+
+
+@pytest.fixture
+def qcow2_image(tmp_path):
+    path = tmp_path / "disk.qcow2"
+    tool("qemu-img", "create", "-q", "-f", "qcow2", path, "1M")
+    tool("qemu-io", "-f", "qcow2", "-c", "write -P 7 64k 64k", path)
     return path

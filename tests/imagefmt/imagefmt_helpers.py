@@ -54,8 +54,12 @@ def pvd_bytes(blocks, *, root=18, field=bytes(512)):
     record[28:32] = both(1, 2)
     record[32] = 1
     data = b"\x01CD001\x01\0" + b"LINUX".ljust(32) + b"TEST VOLUME".ljust(32) + bytes(8) + both(blocks, 4) + bytes(32)
-    data += both(1, 2) + both(1, 2) + both(SECTOR, 2) + both(10, 4) + struct.pack("<II", 19, 0) + struct.pack(">II", 20, 0)
-    data += bytes(record) + b" " * 512 + b" " * 111 + b"2026010100000000\0" + b"0" * 16 + b"\0" + (b"0" * 16 + b"\0") * 2
+    data += (
+        both(1, 2) + both(1, 2) + both(SECTOR, 2) + both(10, 4) + struct.pack("<II", 19, 0) + struct.pack(">II", 20, 0)
+    )
+    data += (
+        bytes(record) + b" " * 512 + b" " * 111 + b"2026010100000000\0" + b"0" * 16 + b"\0" + (b"0" * 16 + b"\0") * 2
+    )
     data += b"\x01\0" + field
     return data.ljust(SECTOR, b"\0")
 

@@ -106,7 +106,10 @@ MALFORMED = {
     "short header": (forge([entry()])[:40], "record.sha256"),
     "size too large": (forge([entry()], size=(1 << 30) + 1), "record.record_size"),
     "size differs": (forge([entry()], size=100), "record.record_size"),
-    "header too small": (forge([entry()], header_size=64)[:12] + b"\x20\0\0\0" + forge([entry()])[16:], "record.header_size"),
+    "header too small": (
+        forge([entry()], header_size=64)[:12] + b"\x20\0\0\0" + forge([entry()])[16:],
+        "record.header_size",
+    ),
     "header too large": (forge([entry()], minor=1, header_size=4104), "record.header_size"),
     "header size of another version": (forge([entry()], header_size=72), "record.header_size"),
     "flags": (forge([entry()], flags=1), "record.flags"),
@@ -200,7 +203,7 @@ def test_frame_that_decompresses_to_something_else():
 
 
 def test_build_refuses_what_parse_would():
-    with pytest.raises(GraftFormatError, match="64 MiB|67108864"):
+    with pytest.raises(GraftFormatError, match="at most 67108864"):
         build_record([Section(SectionKind.FILES, bytes((64 << 20) + 1))])
     with pytest.raises(GraftFormatError, match="extensions"):
         build_record([Section(SectionKind.MANIFEST, bytes([number])) for number in range(65)])
@@ -224,7 +227,7 @@ def test_record_without_undo():
         parse(build_record(sample_sections())).undo()
 
 
-# --- undo ------------------------------------------------------------------------------------------------------------
+# --- undo ---
 
 UNDO_HEADER = struct.Struct("<HHIIIQ")
 MALFORMED_UNDO = {
@@ -273,7 +276,7 @@ def test_undo_round_trip(size, facts, patches):
     assert parse_undo(pack_undo(undo), file="x", offset=0) == undo
 
 
-# --- anything at all ---------------------------------------------------------------------------------------------------
+# --- anything at all ---
 
 GOOD = build_record(with_undo())
 

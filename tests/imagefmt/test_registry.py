@@ -49,7 +49,15 @@ def test_detection(tmp_path):
 
 @pytest.mark.parametrize(
     ("container", "options"),
-    [("vhdx", ()), ("vmdk", ()), ("vdi", ()), ("vpc", ()), ("vpc", ("-o", "subformat=fixed")), ("qed", ()), ("qcow", ())],
+    [
+        ("vhdx", ()),
+        ("vmdk", ()),
+        ("vdi", ()),
+        ("vpc", ()),
+        ("vpc", ("-o", "subformat=fixed")),
+        ("qed", ()),
+        ("qcow", ()),
+    ],
 )
 def test_containers_that_are_recognised_and_refused(tmp_path, container, options):
     path = tmp_path / "image"

@@ -2,6 +2,7 @@
 
 import os
 from hashlib import sha256
+from itertools import pairwise
 
 import pytest
 from hypothesis import given, settings
@@ -93,7 +94,9 @@ SIZES = [1, 512, 65535, 65536, 65537, 200 << 10, 128 * MIB, 128 * MIB + 1, 129 *
 @pytest.mark.parametrize("size", SIZES)
 def test_agrees_with_fsverity_and_veritysetup(tmp_path, size):
     noise = os.urandom(min(size, 70000))
-    path = write(tmp_path / "data", size, (0, noise), (size - len(noise), noise), (size // 2, noise[: size - size // 2]))
+    path = write(
+        tmp_path / "data", size, (0, noise), (size - len(noise), noise), (size // 2, noise[: size - size // 2])
+    )
     with FileImage(path) as image:
         both = digest_content(image, flat="always")
         tree_only = digest_content(image, flat="never")
@@ -137,7 +140,11 @@ def test_holes_zeros_and_zero_extents_are_the_same(tmp_path):
     dense = tmp_path / "dense"
     dense.write_bytes(sparse.read_bytes())
     content = dense.read_bytes()
-    runs = [Extent(0, MIB, Kind.ZERO), Extent(MIB, 100_000, Kind.DATA), Extent(MIB + 100_000, 2 * MIB - 100_000, Kind.HOLE)]
+    runs = [
+        Extent(0, MIB, Kind.ZERO),
+        Extent(MIB, 100_000, Kind.DATA),
+        Extent(MIB + 100_000, 2 * MIB - 100_000, Kind.HOLE),
+    ]
     with FileImage(sparse) as one, FileImage(dense) as two:
         expected = digest_content(one, flat="always")
         assert expected == digest_content(two, flat="always")
@@ -158,7 +165,7 @@ def test_the_digest_does_not_depend_on_how_extents_are_cut(size, pieces, cuts):
     content = bytes(content[:size])
     edges = sorted({0, size, *(cut for cut in cuts if cut < size)})
     runs = []
-    for start, end in zip(edges, edges[1:], strict=False):
+    for start, end in pairwise(edges):
         runs.append(Extent(start, end - start, Kind.DATA if any(content[start:end]) else Kind.HOLE))
     whole, cut = (digest_with_tree(MemoryImage(content, item), flat="always") for item in (None, runs))
     assert whole[0] == cut[0]
@@ -213,7 +220,9 @@ def test_progress_reaches_the_end():
     for flat in ("always", "never"):
         calls = []
         content = os.urandom(5 * MIB)
-        digest_content(MemoryImage(content), flat=flat, progress=lambda done, total, calls=calls: calls.append((done, total)))
+        digest_content(
+            MemoryImage(content), flat=flat, progress=lambda done, total, calls=calls: calls.append((done, total))
+        )
         assert calls[-1] == (5 * MIB, 5 * MIB)
         assert calls == sorted(calls)
 

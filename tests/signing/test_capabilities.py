@@ -160,3 +160,22 @@ def test_grants_are_never_joined():
     assert covered(grants, PioRange(1, 3))
     assert not covered(grants, PioRange(3, 4))
     assert not covered([], Flag("log"))
+
+
+@pytest.mark.parametrize(
+    ("grant", "claim", "expected"),
+    [
+        ("guest:0x0+0x1000:r", "guest:0x0+0x1000:rw", False),
+        ("guest:0x0+0x1000:r", "guest:0x10+0x10:rw", False),
+        ("guest:0x0+0x1000:rw", "guest:0x10+0x10:r", True),
+        ("guest:0x0+0x1000:rw", "guest:0x10+0x1000:rw", False),
+        ("mmio:0x0+0x1000", "guest:0x0+0x10:r", False),
+        ("pio:0x10-0x1f", "pio:0x10-0x20", False),
+        ("pio:0x10-0x1f", "hypercall:16-17", False),
+        ("hypercall:16-31", "hypercall:16-16", True),
+        ("log", "now", False),
+        ("now", "now", True),
+    ],
+)
+def test_what_a_grant_covers(grant, claim, expected):
+    assert covers(parse_capability(grant), parse_capability(claim)) is expected

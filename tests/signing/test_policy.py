@@ -138,6 +138,15 @@ def test_integrity_can_never_be_overridden(sim, name):
     assert "expiry" in error.hint
 
 
+def test_integrity_counts_even_if_the_schema_let_an_override_through(sim):
+    """The class itself holds the line, not only the schema in front of it."""
+    import dataclasses
+
+    entry = sim.policy().trust_policies[0]
+    bent = dataclasses.replace(entry, override={"content": "log", "conflicts": "log", "expiry": "log"})
+    assert [name for name in ("content", "conflicts", "expiry") if bent.logs(name)] == ["expiry"]
+
+
 def test_certificates_are_refused_with_a_reason(sim):
     for path in (["trustStores"], [T, 0, "trustStores"], [T, 0, "trustedIdentities"]):
         error = refused(bend(sim.policy_document(), path, ["ca:acme"]), match="certificates are not supported")

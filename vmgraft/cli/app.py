@@ -48,6 +48,17 @@ class LazyGroup(click.Group):
         command: click.Command = getattr(importlib.import_module(f"vmgraft.cli.commands.{module}"), attribute)
         return command
 
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command; a known error is reported here, where colour settings are still in force."""
+        from vmgraft.errors import VmgraftError
+
+        try:
+            return super().invoke(ctx)
+        except VmgraftError as error:
+            from vmgraft.cli.output import report_error
+
+            return report_error(error, bool(ctx.obj))
+
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the overview from the table, importing nothing."""
         with formatter.section("Commands"):
@@ -85,26 +96,22 @@ def cli(ctx: click.Context, color: str) -> None:
 
 def run(argv: list[str] | None = None) -> NoReturn:
     """Run the program and exit with the documented code; never shows a traceback for a known error."""
-    from vmgraft.errors import VmgraftError
-
     args = sys.argv[1:] if argv is None else argv
     as_json = "--json" in args
     try:
-        result: Any = cli.main(args, prog_name="vmgraft", standalone_mode=False)
+        result: Any = cli.main(args, prog_name="vmgraft", standalone_mode=False, obj=as_json)
     except (click.exceptions.Abort, KeyboardInterrupt):
         from vmgraft.cli.output import report_interrupt
 
         code = report_interrupt(as_json)
     except click.ClickException as error:
         code = _usage(error, as_json)
-    except VmgraftError as error:
-        from vmgraft.cli.output import report_error
-
-        code = report_error(error, as_json)
     except BrokenPipeError:
         # The reader went away (`vmgraft inspect | head`): end as other programs do, without a message.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 128 + 13
+    except Exception as error:  # noqa: BLE001 - the last line: a bug is reported as one, and never looks like a verdict
+        code = _internal(error, as_json)
     else:
         code = result if isinstance(result, int) else exitcodes.OK
     sys.exit(code)
@@ -119,3 +126,14 @@ def _usage(error: click.ClickException, as_json: bool) -> int:
         return report_error(UsageError(error.format_message()), as_json=True)
     error.show()
     return exitcodes.USAGE
+
+
+def _internal(error: Exception, as_json: bool) -> int:
+    """Report a bug; VMGRAFT_TRACEBACK=1 shows where it is."""
+    from vmgraft.cli.output import report_error
+    from vmgraft.errors import VmgraftError
+
+    if os.environ.get("VMGRAFT_TRACEBACK"):
+        raise error
+    hint = "this is a bug in vmgraft: please report it, with what VMGRAFT_TRACEBACK=1 shows"
+    return report_error(VmgraftError(f"{type(error).__name__}: {error}", hint=hint), as_json)

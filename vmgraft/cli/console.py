@@ -79,4 +79,3 @@ class Outputs:
 def visible(data: bytes) -> str:
     """Return guest output for a terminal: escape sequences and other control bytes become ``\\xNN``."""
     return "".join(chr(byte) if byte in _HARMLESS else f"\\x{byte:02x}" for byte in data)
-

@@ -134,6 +134,8 @@ class Image(ABC):
     virtual_size: int
     #: Bytes a guest sector has: 512, or 2048 for ISO 9660.
     sector_size: int = 512
+    #: Whether opening for writing rolled back an attach, or finished a detach, that had been interrupted.
+    recovered: bool = False
 
     @abstractmethod
     def read(self, offset: int, length: int) -> bytes:

@@ -17,8 +17,10 @@ from vmgraft.imagefmt.contract import (
     Progress,
     Undo,
 )
+from vmgraft.imagefmt.locator import LOCATOR_SIZE
 from vmgraft.imagefmt.record import Record, Section, SectionKind, StoredSection, build_record, parse_record
 from vmgraft.imagefmt.registry import detect
+from vmgraft.imagefmt.sidecar import RECORD_OFFSET, sidecar_path
 from vmgraft.imagefmt.tree import ContentTree, digest_with_tree
 from vmgraft.imagefmt.undo import pack_undo
 
@@ -75,10 +77,9 @@ class Graft:
         if data is None:
             self._record_problem = self.located.detail or "the record cannot be read"
             return
-        locator = self.located.locator
-        offset = 0 if locator is None else locator.record_offset
+        file, offset = _record_place(self.image.path, self.located)
         try:
-            self.record = parse_record(data, file=self.image.path, offset=offset)
+            self.record = parse_record(data, file=file, offset=offset)
         except GraftFormatError as problem:
             state, detail = self.located.state, self.located.detail
             self._record_problem = str(problem) if state is GraftState.OK else f"{state.value}: {detail} ({problem})"
@@ -289,7 +290,8 @@ def _find_undo(image: Image, located: Located) -> Undo:
     problem = located.detail
     if located.record is not None:
         try:
-            return parse_record(located.record, file=image.path, offset=0).undo()
+            file, offset = _record_place(image.path, located)
+            return parse_record(located.record, file=file, offset=offset).undo()
         except GraftFormatError as error:
             problem = str(error)
     undo = image.recovery_undo()
@@ -304,6 +306,19 @@ def _find_undo(image: Image, located: Located) -> Undo:
             hint="restore the image from a copy",
         )
     return undo
+
+
+def _record_place(image: Path, located: Located) -> tuple[Path, int]:
+    """Return the file and offset of a record, for messages."""
+    locator = located.locator
+    if locator is None:
+        return image, 0
+    if locator.placement is Placement.SIDECAR:
+        return sidecar_path(image), RECORD_OFFSET
+    if locator.record_offset == 0 and located.locator_offset is not None:
+        # A container that implies the record's place has it right behind the locator.
+        return image, located.locator_offset + LOCATOR_SIZE
+    return image, locator.record_offset
 
 
 def _resolve(path: Path) -> Path:

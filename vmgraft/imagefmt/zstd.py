@@ -11,7 +11,7 @@ _MAX_WINDOW = 64 << 20
 
 def compress(raw: bytes) -> bytes:
     """Return one frame that states its content size."""
-    import zstandard  # noqa: PLC0415 - loaded only where something is compressed
+    import zstandard
 
     return zstandard.ZstdCompressor(level=_LEVEL, write_content_size=True, write_checksum=False).compress(raw)
 
@@ -28,7 +28,7 @@ def decompress(stored: bytes, raw_size: int, *, file: str | None, offset: int) -
     Raises:
         GraftFormatError: when the frame is damaged or states another size; nothing large was allocated then.
     """
-    import zstandard  # noqa: PLC0415 - loaded only where something is decompressed
+    import zstandard
 
     def refuse(message: str) -> GraftFormatError:
         return GraftFormatError(message, file=file, offset=offset, field="section.zstd")

@@ -307,6 +307,6 @@ def test_a_read_only_open_reports_and_a_writable_one_cleans(tmp_path: Path) -> N
         assert "interrupted" in image.locate().detail
     assert path.read_bytes() != before
     with open_qcow2(path, writable=True) as image:
-        assert image.recovered  # type: ignore[attr-defined]
+        assert image.recovered
         assert image.metadata()["interruptedChange"] is False
     assert path.read_bytes() == before

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import threading
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 from qcow2_testkit import MIB, make, noise, open_qcow2, pattern, qemu_io, raw_base, raw_bytes, read_all, run
 
 from vmgraft.imagefmt.contract import Kind
+from vmgraft.imagefmt.qcow2 import FORMAT
 
 CLUSTERS = (512, 4096, 65536, 2 * MIB)
 
@@ -170,6 +172,28 @@ def test_threads_read_the_same(tmp_path: Path) -> None:
         for thread in threads:
             thread.join()
     assert not wrong
+
+
+def test_compressed_clusters_with_extended_l2(tmp_path: Path) -> None:
+    raw = tmp_path / "in.raw"
+    raw.write_bytes((b"some text that shrinks\n" * 99_999)[: 2 * MIB] + noise(MIB) + bytes(MIB))
+    path = tmp_path / "a.qcow2"
+    run("qemu-img", "convert", "-c", "-f", "raw", "-O", "qcow2", "-o", "extended_l2=on", raw, path)
+    qemu_io(path, "write -P 5 512k 2k")
+    _check_content(path)
+    _check_extents(path)
+
+
+def test_probe_and_lazy_import(tmp_path: Path) -> None:
+    path = make(tmp_path / "a.qcow2")
+    head = path.read_bytes()[:65536]
+    assert FORMAT.name == "qcow2"
+    assert FORMAT.probe(head, path.stat().st_size)
+    assert not FORMAT.probe(b"QFI", 3)
+    assert not FORMAT.probe(bytes(65536), 1 << 30)
+    heavy = "{'numpy', 'construct', 'zstandard'}"
+    code = f"import sys, vmgraft.imagefmt.qcow2; print(sorted({heavy} & set(sys.modules)))"
+    assert run(sys.executable, "-c", code).stdout.strip() == "[]"
 
 
 def test_chain_of_three_through_a_subfolder(tmp_path: Path) -> None:

@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from qcow2_testkit import MIB, attach, make, open_qcow2, pattern, qemu_io, raw_base, raw_bytes, read_all, run
+from qcow2_testkit import MIB, attach, detach, make, open_qcow2, pattern, qemu_io, raw_base, raw_bytes, read_all, run
 
 from vmgraft.errors import MalformedImageError, UnsupportedError, VmgraftError
+from vmgraft.imagefmt.contract import Placement
 from vmgraft.imagefmt.qcow2._layout import FIELD_OFFSET
 from vmgraft.imagefmt.qcow2.create import create_qcow2
 
@@ -347,6 +348,27 @@ def test_mutated_headers(tmp_path: Path, grafted: bytes, edits: list[tuple[int, 
     path = tmp_path / "x.qcow2"
     path.write_bytes(data)
     _use_everything(path)
+
+
+@_FUZZ
+@given(edits=st.lists(st.tuples(st.integers(8, 1023), st.binary(min_size=1, max_size=8)), min_size=1, max_size=3))
+def test_mutated_headers_open_for_writing(tmp_path: Path, grafted: bytes, edits: list[tuple[int, bytes]]) -> None:
+    """Whatever a header says, recovery, detach and attach write nothing behind the first cluster."""
+    data = bytearray(grafted)
+    for offset, piece in edits:
+        data[offset : offset + len(piece)] = piece
+    path = tmp_path / "x.qcow2"
+    path.write_bytes(data)
+    for action in (detach, lambda p: attach(p, placement=Placement.INLINE), attach):
+        try:
+            action(path)
+        except (VmgraftError, AssertionError) as error:
+            assert isinstance(error, VmgraftError) or "Located" in str(error)
+    after = path.read_bytes()
+    cluster = 1 << min(20, int.from_bytes(data[20:24], "big"))
+    assert len(after) == len(data)
+    assert after[max(4096, cluster) :] == data[max(4096, cluster) :]
+    assert after[16:72] == data[16:72]
 
 
 _NUMBERS = st.one_of(st.integers(0, 64), st.integers(0, 1 << 16), st.integers(0, (1 << 64) - 1)).map(

@@ -5,7 +5,17 @@ import struct
 from pathlib import Path
 
 import pytest
-from imagefmt_helpers import attach, content_of, digest, flip, operations_of, problem_of, sample_sections, state_of, tool
+from imagefmt_helpers import (
+    attach,
+    content_of,
+    digest,
+    flip,
+    operations_of,
+    problem_of,
+    sample_sections,
+    state_of,
+    tool,
+)
 
 from vmgraft.errors import GraftFormatError, NoRoomError, UnsupportedError, UsageError
 from vmgraft.imagefmt.contract import GraftState, Kind, Placement

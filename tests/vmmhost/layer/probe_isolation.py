@@ -15,7 +15,6 @@ import sys
 from pathlib import Path
 
 from vmgraft.vmmhost.layer import landlock, sandbox
-from vmgraft.vmmhost.layer.sandbox import NAMESPACES, Mechanism
 
 LIBC = ctypes.CDLL(None, use_errno=True)
 
@@ -84,7 +83,7 @@ def main():
         os.setresuid(uid, uid, uid)
     host, (ours, theirs) = os.getpid(), socket.socketpair()
     inherited = os.open("/etc/hostname", os.O_RDONLY)
-    child, namespaces = sandbox.clone_worker(Mechanism(sum(NAMESPACES)))
+    child, namespaces = sandbox.clone_worker(sandbox.choose_namespaces())
     if child is None:
         fd = theirs.fileno()
         mechanisms = sandbox.lock_down(fd, 1, namespaces)

@@ -192,7 +192,7 @@ def test_worker_that_dies(bench, wat):
     os.kill(proxy.pid, signal.SIGKILL)
     assert proxy.pio_read(0x510, 1) == 0xFF
     assert bench.fault() == {
-        "id": "org.example.test", "version": "1", "kind": "died", "detail": "the worker killed by SIGKILL",
+        "id": "org.example.test", "version": "1", "kind": "died", "detail": "the worker was killed by SIGKILL",
         "action": "detach", "pid": bench.records("extension-start")[0]["pid"],
     }  # fmt: skip
 

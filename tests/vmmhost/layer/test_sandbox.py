@@ -66,7 +66,8 @@ def test_levels_are_cumulative():
     everything = Mechanism(sum(Mechanism))
     assert level_of(everything) == 3
     for missing, level in (
-        (Mechanism.SECCOMP, 0), (Mechanism.NO_NEW_PRIVS, 0), (Mechanism.LANDLOCK, 1), (Mechanism.NS_NET, 2),
+        (Mechanism.SECCOMP, 0), (Mechanism.NO_CAPABILITIES, 0),
+        (Mechanism.NO_NEW_PRIVS, 0), (Mechanism.LANDLOCK, 1), (Mechanism.NS_NET, 2),
         (Mechanism.NS_PID, 2), (Mechanism.UNPRIVILEGED_UID, 2), (Mechanism.NS_CGROUP, 3), (Mechanism.LANDLOCK_NET, 3),
     ):  # fmt: skip
         assert level_of(everything & ~missing) == level, missing
@@ -91,24 +92,27 @@ def fake_clone(monkeypatch):
 def test_namespaces_degrade_one_by_one(fake_clone):
     refused = NAMESPACES[Mechanism.NS_NET]
     fake_clone(lambda flags: not flags & refused)
-    child, got = sandbox.clone_worker(ALL_NAMESPACES)
-    os.close(child.pidfd)
+    got = sandbox.choose_namespaces()
     assert Mechanism.NS_NET not in got
     assert Mechanism.NS_PID in got
+    assert (Mechanism.NS_USER in got) == (os.geteuid() != 0)
 
 
 def test_a_containers_root_gets_them_through_a_user_namespace(fake_clone, monkeypatch):
     fake_clone(lambda flags: not flags or flags & CLONE_NEWUSER)
     monkeypatch.setattr(os, "geteuid", lambda: 0)
+    assert sandbox.choose_namespaces() == ALL_NAMESPACES
     child, got = sandbox.clone_worker(ALL_NAMESPACES)
     os.close(child.pidfd)
+    level_1 = Mechanism.NO_CAPABILITIES | Mechanism.NO_NEW_PRIVS | Mechanism.SECCOMP
     assert got == ALL_NAMESPACES  # and no UNPRIVILEGED_UID: root's files stay its own
-    assert level_of(got | Mechanism.NO_NEW_PRIVS | Mechanism.SECCOMP | Mechanism.LANDLOCK) == 2
+    assert level_of(got | level_1 | Mechanism.LANDLOCK) == 2
 
 
 def test_without_any_namespace_a_plain_fork_is_left(fake_clone):
     fake_clone(lambda flags: not flags)
-    child, got = sandbox.clone_worker(ALL_NAMESPACES)
+    assert sandbox.choose_namespaces() == Mechanism(0)
+    child, got = sandbox.clone_worker(ALL_NAMESPACES)  # they worked when they were chosen, and do not any more
     os.close(child.pidfd)
     assert not got & ALL_NAMESPACES
 

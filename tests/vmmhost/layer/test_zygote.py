@@ -117,7 +117,7 @@ def test_without_an_interpreter(monkeypatch):
 
 def test_statuses_in_words():
     assert describe_status(None) == "ended"
-    assert describe_status(signal.SIGKILL) == "killed by SIGKILL"
+    assert describe_status(signal.SIGKILL) == "was killed by SIGKILL"
     assert "sandbox" in describe_status(signal.SIGSYS)
     assert describe_status(3 << 8) == "ended with exit status 3"
     assert "CPU time" in describe_status(signal.SIGXCPU << 8)

@@ -39,7 +39,7 @@ class IsoImage(Image):
         """Read the descriptors and find the graft again; afterwards the content's size is known."""
         self._file.size = self._file.current_size()
         self._volume = read_descriptors(self._file)
-        self._found = find_graft(self._file, self._volume.volume_space_size)
+        self._found = find_graft(self._file, self._volume.volume_space_size, self._volume.root_sector)
         self.virtual_size = self._found.content_size
 
     def read(self, offset: int, length: int) -> bytes:

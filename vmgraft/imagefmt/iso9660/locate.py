@@ -46,8 +46,14 @@ class Found:
         return bytes(LOCATOR_SIZE) if self.field.startswith(MAGIC) else None
 
 
-def find_graft(file: FlatFile, volume_space_size: int) -> Found:
-    """Look at the primary volume descriptor, at the end of the file, and for what an interrupted attach leaves."""
+def find_graft(file: FlatFile, volume_space_size: int, root_sector: int) -> Found:
+    """Look at the primary volume descriptor, at the end of the file, and for what an interrupted attach leaves.
+
+    Args:
+        file: The image.
+        volume_space_size: Length of the volume in sectors.
+        root_sector: Where the root directory lies; a program that adds a session moves it behind our record.
+    """
     field = file.read(layout.LOCATOR_OFFSET, LOCATOR_SIZE)
     primary = _parse(file, field, layout.LOCATOR_OFFSET)
     footer_offset = file.size - layout.SECTOR_SIZE
@@ -58,10 +64,10 @@ def find_graft(file: FlatFile, volume_space_size: int) -> Found:
         return _assess(file, volume_space_size, field, footer, footer_offset)
     if isinstance(primary, str):
         return _damaged(file, primary, field)
-    found = _find_traces(file, volume_space_size, field)
-    if isinstance(footer, str) and found.located.state is not GraftState.CUT:
+    found = _find_record(file, volume_space_size, field)
+    if found is None and isinstance(footer, str):
         return _damaged(file, footer, field)
-    return found
+    return found or _find_orphan(file, root_sector, field) or _find_stray_sidecar(file, field)
 
 
 def _damaged(file: FlatFile, problem: str, field: bytes) -> Found:
@@ -151,7 +157,11 @@ def _original_problem(undo: Undo, locator: Locator, volume_space_size: int, fiel
     checks = (
         (undo.file_size != locator.file_size, GraftState.DAMAGED, "UNDO and locator disagree about the original size"),
         (resized, GraftState.DAMAGED, "another program changed the volume's size since attach"),
-        (field.startswith(MAGIC) and original is None, GraftState.DAMAGED, "UNDO lacks what stood in the volume descriptor"),
+        (
+            field.startswith(MAGIC) and original is None,
+            GraftState.DAMAGED,
+            "UNDO lacks what stood in the volume descriptor",
+        ),
         (foreign, GraftState.DAMAGED, "the locator in the volume descriptor was overwritten"),
         (
             original is None,
@@ -177,13 +187,33 @@ def _undo(file: FlatFile, record: bytes | None, offset: int) -> Undo | None:
     return undo if len(undo.patches) <= 1 else None
 
 
-def _find_traces(file: FlatFile, volume_space_size: int, field: bytes) -> Found:
-    """Look for a record without locator, and for a sidecar that nothing points to."""
+def _find_record(file: FlatFile, volume_space_size: int, field: bytes) -> Found | None:
+    """Look behind the volume for a record that no locator points to."""
     volume_end = volume_space_size * layout.SECTOR_SIZE
-    for offset in islice(_marks(file, volume_end), layout.MAX_TRACES):
+    for offset in islice(_marks(file, volume_end, volume_end + layout.SCAN_LIMIT), layout.MAX_TRACES):
         found = _trace(file, file.read(offset, layout.TRACE_SIZE), offset, field)
         if found is not None:
             return found
+    return None
+
+
+def _find_orphan(file: FlatFile, root_sector: int, field: bytes) -> Found | None:
+    """Look for a footer before the root directory: a session was added behind the graft, and its locator dropped."""
+    end = min(root_sector * layout.SECTOR_SIZE, file.size)
+    for offset in islice(_marks(file, max(0, end - layout.TRACE_SIZE), end), layout.MAX_TRACES):
+        locator = _parse(file, file.read(offset, LOCATOR_SIZE), offset)
+        if not isinstance(locator, Locator) or locator.placement is not Placement.INLINE:
+            continue
+        place = Appendix(locator.file_size, locator.record_size)
+        if (place.record, place.footer) == (locator.record_offset, offset):
+            detail = "another program added to the image behind the record and dropped its locator"
+            record = file.read(place.record, locator.record_size)
+            located = Located(GraftState.ORPHANED, detail, locator, offset, record)
+            return Found(located, file.size, None, field, file.size)
+    return None
+
+
+def _find_stray_sidecar(file: FlatFile, field: bytes) -> Found:
     stray = stray_sidecar(file.path)
     if stray is None or stray.locator is None:
         return Found(Located(GraftState.NONE), file.size, None, field, file.size)
@@ -195,13 +225,14 @@ def _find_traces(file: FlatFile, volume_space_size: int, field: bytes) -> Found:
     return Found(located, file.size, None, field, file.size)
 
 
-def _marks(file: FlatFile, volume_end: int) -> Iterator[int]:
-    """Yield the sectors behind the volume that begin with our magic."""
-    for start in range(volume_end, min(file.size, volume_end + layout.SCAN_LIMIT), layout.TRACE_SIZE):
-        window = file.read(start, layout.TRACE_SIZE)
+def _marks(file: FlatFile, start: int, end: int) -> Iterator[int]:
+    """Yield the sectors between ``start`` and ``end`` that begin with our magic."""
+    end = min(end, file.size)
+    for base in range(start // layout.SECTOR_SIZE * layout.SECTOR_SIZE, end, layout.TRACE_SIZE):
+        window = file.read(base, min(layout.TRACE_SIZE, end - base))
         for position in range(0, len(window), layout.SECTOR_SIZE):
             if window.startswith(MAGIC, position):
-                yield start + position
+                yield base + position
 
 
 def _trace(file: FlatFile, head: bytes, offset: int, field: bytes) -> Found | None:
@@ -211,6 +242,11 @@ def _trace(file: FlatFile, head: bytes, offset: int, field: bytes) -> Found | No
         return None
     last = parse_record_head(head, file=file.path, offset=offset).sections[-1]
     place = Appendix(undo.file_size, last.offset + last.stored_size)
-    detail = "a record without locator lies behind the image: attach was interrupted or the file cut"
-    located = Located(GraftState.CUT, detail, None, None, file.read(offset, place.end - offset))
+    state, detail = (
+        GraftState.CUT,
+        "a record without locator lies behind the image: attach was interrupted or the file cut",
+    )
+    if file.size >= place.end:
+        state, detail = GraftState.DAMAGED, "a record lies behind the image, but its locators are damaged"
+    located = Located(state, detail, None, None, file.read(offset, last.offset + last.stored_size))
     return Found(located, undo.file_size, undo, field, place.end, footer_sound=False)

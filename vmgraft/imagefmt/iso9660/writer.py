@@ -84,6 +84,13 @@ def detach_iso(file: FlatFile, undo: Undo, *, found: Found, volume_space_size: i
         UsageError: when the file grew behind the graft: cutting would lose those bytes.
     """
     located = found.located
+    if located.state is GraftState.ORPHANED and located.locator_offset is not None:
+        raise GraftFormatError(
+            f"the original cannot be given back: {located.detail}",
+            file=file.path,
+            offset=located.locator_offset,
+            hint="go back to a copy from before the other program changed the image",
+        )
     if located.state is not GraftState.ORPHANED:
         _check_detach(file, undo, found, volume_space_size)
         writer = file.writer()

@@ -157,7 +157,7 @@ Backing = Image | RawBacking
 
 def open_raw(file: FlatFile) -> RawBacking:
     """Return a raw backing file as the guest saw it, without the trailer that a graft may have put behind it."""
-    from vmgraft.imagefmt.raw.trailer import find_trailer  # noqa: PLC0415 - only overlays of raw files need it
+    from vmgraft.imagefmt.raw.trailer import find_trailer
 
     found = find_trailer(file)
     inline = found is not None and found.locator is not None and found.locator.placement is Placement.INLINE

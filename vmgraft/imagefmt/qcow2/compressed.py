@@ -73,7 +73,7 @@ class CompressedReader:
         return out
 
     def _unzstd(self, packed: bytes, offset: int) -> bytes:
-        import zstandard  # noqa: PLC0415 - only images with such clusters need it
+        import zstandard
 
         size = self._header.cluster_size
         reader = zstandard.ZstdDecompressor(max_window_size=_MAX_ZSTD_WINDOW).stream_reader(packed)

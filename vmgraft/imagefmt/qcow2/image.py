@@ -53,8 +53,6 @@ class Qcow2Image(Image):
         self._lock = threading.RLock()
         self._content: Content | None = None
         self._data_file: FlatFile | None = None
-        #: Whether opening for writing rolled back an attach, or finished a detach, that had been interrupted.
-        self.recovered = False
         self._reload()
         if flat.writable and writer.recover(flat.writer(), self._header):
             self.recovered = True

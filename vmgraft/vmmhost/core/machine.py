@@ -36,6 +36,8 @@ from vmgraft.vmmhost.core.screen import TextScreen
 UNTIL_SECONDS: Final = 0.05
 #: Bytes of serial and debug output kept for the result; the sink gets all of it.
 OUTPUT_KEPT: Final = 4 << 20
+#: First second of the year 3000, UTC.
+RTC_END: Final = 32_503_680_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,6 +123,8 @@ class Machine:
     ) -> None:
         if (timeout is not None and timeout <= 0) or until == "":
             raise UsageError("a time limit must be positive, and the text waited for not empty")
+        if rtc_epoch is not None and not 0 <= rtc_epoch < RTC_END:
+            raise UsageError(f"a clock at {rtc_epoch} is outside the years 1970 to 2999")
         self.disk = disk
         self.plan = find_boot(disk, boot)
         self._timeout, self._until, self._sink = timeout, until, serial

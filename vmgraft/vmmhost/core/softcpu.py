@@ -35,6 +35,7 @@ _MOV_SREG: Final = 0x8E
 _INT: Final = 0xCD
 _EFLAGS_VM: Final = 1 << 17
 _EFER: Final = 0xC0000080
+_READ_EXECUTE: Final = 5
 _READ_WRITE_EXECUTE: Final = 7
 _FOUR_GIB: Final = 1 << 32
 #: HLT addresses watched before the watch list starts anew, and port accesses in a slice.
@@ -74,7 +75,8 @@ class SoftCpu(Cpu):
         self._now = 0
         self._vector: int | None = None
         self._accesses = 0
-        self._single_step = False
+        self._single_step = self._rom_dirty = False
+        self._rom = b""
         self._watched: dict[int, int] = {}  # linear address of a possible HLT -> Unicorn hook
         self._to_watch: int | None = None
         self._halt_at: int | None = None
@@ -98,6 +100,7 @@ class SoftCpu(Cpu):
         spans = ((0, LOW_END), (ROM_BASE, HIGH_BASE - ROM_BASE), (HIGH_BASE, self.ram.size - HIGH_BASE))
         for start, size in spans:
             uc.mem_map_ptr(start, size, _READ_WRITE_EXECUTE, address + start)
+        uc.mem_protect(ROM_BASE, HIGH_BASE - ROM_BASE, _READ_EXECUTE)
         for start, end in ((LOW_END, ROM_BASE), (self.ram.size, _FOUR_GIB)):
             uc.mmio_map(start, end - start, self._mmio_read, start, self._mmio_write, start)
         self.ram.written = lambda gpa, length: uc.ctl_remove_cache(gpa, gpa + length)
@@ -107,6 +110,7 @@ class SoftCpu(Cpu):
         uc.hook_add(unicorn.UC_HOOK_INSN, self._out, None, 1, 0, names.UC_X86_INS_OUT)
         uc.hook_add(unicorn.UC_HOOK_INSN, self._in, None, 1, 0, names.UC_X86_INS_IN)
         uc.hook_add(unicorn.UC_HOOK_INTR, self._interrupt)
+        uc.hook_add(unicorn.UC_HOOK_MEM_WRITE_PROT, self._rom_write)
         uc.hook_add(unicorn.UC_HOOK_EDGE_GENERATED, self._translated)
 
     def _reset(self) -> None:
@@ -192,6 +196,12 @@ class SoftCpu(Cpu):
         if dispatcher.stopping or self._accesses >= _ACCESSES_MAX:
             uc.emu_stop()
 
+    def _rom_write(self, _uc: Any, _access: int, _address: int, _size: int, _value: int, _data: Any) -> bool:
+        """Let a write into the ROM pass, which the engine cannot drop; it is undone at the end of the slice."""
+        if not self._rom_dirty:
+            self._rom, self._rom_dirty = self.ram.read(ROM_BASE, HIGH_BASE - ROM_BASE), True
+        return True
+
     def _interrupt(self, uc: Any, vector: int, _data: Any) -> None:
         self._vector = vector
         uc.emu_stop()
@@ -239,6 +249,10 @@ class SoftCpu(Cpu):
             count = 1
         self.exits["slice"] += 1
         self._uc.emu_start(self._pc(), _NEVER, count=count)
+        if self._rom_dirty:
+            self._rom_dirty = False
+            self.ram.load_rom(self._rom)
+            self._uc.ctl_remove_cache(ROM_BASE, HIGH_BASE)
         if self._to_watch is not None:
             self._watch(self._to_watch)
         else:

@@ -31,6 +31,7 @@ from vmgraft.vmmhost.layer.syscalls import (
     Child,
     clone,
     close_all_but,
+    drop_capabilities,
     prctl,
     set_exit_handler,
 )
@@ -62,6 +63,7 @@ class Mechanism(IntFlag):
     NS_UTS = 1 << 15
     NS_CGROUP = 1 << 16
     NS_PID = 1 << 17
+    NO_CAPABILITIES = 1 << 18
 
     def names(self) -> list[str]:
         """Return the names as the audit log spells them, such as ``no-new-privs``."""
@@ -79,14 +81,14 @@ NAMESPACES: Final = {
 }
 
 _LEVELS: Final = (
-    Mechanism.NO_NEW_PRIVS | Mechanism.SECCOMP,
+    Mechanism.NO_CAPABILITIES | Mechanism.NO_NEW_PRIVS | Mechanism.SECCOMP,
     Mechanism.LANDLOCK,
     Mechanism.UNPRIVILEGED_UID | Mechanism.NS_NET | Mechanism.NS_MOUNT | Mechanism.NS_IPC | Mechanism.NS_PID,
 )
 
 
 def level_of(mechanisms: Mechanism) -> int:
-    """Return the isolation level: 0 own process with limits, 1 + seccomp, 2 + Landlock, 3 + namespaces, no root."""
+    """Return the isolation level: 0 own process, 1 + seccomp, 2 + Landlock, 3 + namespaces, no root."""
     level = 0
     for needed in _LEVELS:
         if needed not in mechanisms:
@@ -95,8 +97,27 @@ def level_of(mechanisms: Mechanism) -> int:
     return level
 
 
-def clone_worker(wanted: Mechanism) -> tuple[Child | None, Mechanism]:
-    """Fork into as many of the wanted namespaces as the kernel gives; root needs no user namespace for the others.
+def choose_namespaces() -> Mechanism:
+    """Find out, with children that end at once, which namespaces this process can give its workers.
+
+    Root needs no user namespace for the others and goes without, so that its workers can become another user; the root
+    of a container may be able to make them only that way.
+    """
+    everything = Mechanism(sum(NAMESPACES))
+    root = os.geteuid() == 0
+    wanted = everything & ~Mechanism.NS_USER if root else everything
+    if _works(wanted):
+        return wanted
+    possible = _probe(wanted)
+    if root:
+        inside = _probe(everything)
+        if int(inside & ~Mechanism.NS_USER).bit_count() > int(possible).bit_count():
+            return inside
+    return possible
+
+
+def clone_worker(namespaces: Mechanism) -> tuple[Child | None, Mechanism]:
+    """Fork into the namespaces, or without any if the kernel suddenly refuses them.
 
     Returns:
         The child (None in the child itself), and the namespaces it is in; with UNPRIVILEGED_UID where the user behind
@@ -105,36 +126,35 @@ def clone_worker(wanted: Mechanism) -> tuple[Child | None, Mechanism]:
     Raises:
         OSError: not even a plain fork works.
     """
-    root = os.geteuid() == 0
-    uid = Mechanism(0) if root else Mechanism.UNPRIVILEGED_UID
-    if root:
-        wanted &= ~Mechanism.NS_USER
+    uid = Mechanism(0) if os.geteuid() == 0 else Mechanism.UNPRIVILEGED_UID
     try:
-        return clone(_flags(wanted)), wanted | uid
+        return clone(_flags(namespaces)), namespaces | uid
     except OSError:
-        possible = _probe(wanted)
-    return clone(_flags(possible)), possible | uid
+        return clone(0), uid
 
 
 def _flags(namespaces: Mechanism) -> int:
     return sum(flag for item, flag in NAMESPACES.items() if item in namespaces)
 
 
-def _probe(wanted: Mechanism) -> Mechanism:
-    """Add one namespace after the other, the user namespace first, and keep what works.
+def _works(namespaces: Mechanism) -> bool:
+    try:
+        child = clone(_flags(namespaces))
+    except OSError:
+        return False
+    if child is None:
+        os._exit(0)
+    os.waitpid(child.pid, 0)
+    os.close(child.pidfd)
+    return True
 
-    A container's root may lack the right to make them without a user namespace of its own.
-    """
+
+def _probe(wanted: Mechanism) -> Mechanism:
+    """Add one namespace after the other, the user namespace first, and keep what works."""
     got = Mechanism(0)
     for item in NAMESPACES:
-        if item in wanted or item is Mechanism.NS_USER:
-            with contextlib.suppress(OSError):
-                child = clone(_flags(got | item))
-                if child is None:
-                    os._exit(0)
-                os.waitpid(child.pid, 0)
-                os.close(child.pidfd)
-                got |= item
+        if item in wanted and _works(got | item):
+            got |= item
     return got
 
 
@@ -151,6 +171,9 @@ def lock_down(socket_fd: int, memory_mib: int, namespaces: Mechanism) -> Mechani
     done |= Mechanism.FDS
     os.umask(0o777)
     done |= _drop_root(namespaces)
+    with contextlib.suppress(OSError):
+        drop_capabilities()
+        done |= Mechanism.NO_CAPABILITIES
     for option, value, mechanism in (
         (PR_SET_NO_NEW_PRIVS, 1, Mechanism.NO_NEW_PRIVS),
         (PR_SET_DUMPABLE, 0, Mechanism.NOT_DUMPABLE),

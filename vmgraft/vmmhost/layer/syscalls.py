@@ -8,6 +8,7 @@ import ctypes
 import os
 import platform
 import signal
+import struct
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -33,6 +34,7 @@ SYS_LANDLOCK_ADD_RULE: Final = 445
 SYS_LANDLOCK_RESTRICT_SELF: Final = 446
 SYS_CLOSE_RANGE: Final = 436
 
+_CAPABILITY_VERSION_3: Final = 0x2008_0522  # linux/capability.h
 _SYS_CLONE: Final = {"x86_64": 56, "aarch64": 220}
 
 # PyDLL keeps the interpreter lock during the call, which a child made by clone needs: it finds the lock held by itself.
@@ -119,6 +121,18 @@ def _close_listed(first: int, last: int) -> None:
         if first <= fd <= last:
             with contextlib.suppress(OSError):
                 os.close(fd)
+
+
+def drop_capabilities() -> None:
+    """Empty the effective, permitted and inheritable sets with capset(2).
+
+    Raises:
+        OSError: the kernel refuses.
+    """
+    header = ctypes.create_string_buffer(struct.pack("@Ii", _CAPABILITY_VERSION_3, 0), 8)
+    if _LIBC.capset(header, ctypes.create_string_buffer(24)):
+        code = ctypes.get_errno()
+        raise OSError(code, f"capset: {os.strerror(code)}")
 
 
 def set_exit_handler(number: int) -> None:

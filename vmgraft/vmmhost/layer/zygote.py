@@ -205,6 +205,6 @@ def describe_status(status: int | None) -> str:
         number = os.WTERMSIG(status)
         name = signal.Signals(number).name if number in signal.valid_signals() and number < signal.SIGRTMIN else number
         reason = " (a system call that its sandbox forbids)" if number == signal.SIGSYS else ""
-        return f"killed by {name}{reason}"
+        return f"was killed by {name}{reason}"
     code = os.WEXITSTATUS(status)
     return "used up its CPU time for compiling" if code == signal.SIGXCPU else f"ended with exit status {code}"

@@ -15,7 +15,7 @@ import socket
 import struct
 from typing import Final
 
-from vmgraft.vmmhost.layer.sandbox import NAMESPACES, Mechanism, clone_worker
+from vmgraft.vmmhost.layer.sandbox import choose_namespaces, clone_worker
 from vmgraft.vmmhost.layer.syscalls import PR_SET_DUMPABLE, PR_SET_NO_NEW_PRIVS, PR_SET_PDEATHSIG, prctl
 
 HELLO: Final = struct.Struct("<cB")
@@ -24,8 +24,6 @@ SPAWNED: Final = struct.Struct("<ciI")
 FAILED: Final = struct.Struct("<ci")
 EXITED: Final = struct.Struct("<cii")
 CONTROL_BYTES: Final = 64
-
-_ALL_NAMESPACES: Final = Mechanism(sum(NAMESPACES))
 
 
 def main(control_fd: int, parent: int) -> None:
@@ -48,7 +46,7 @@ def main(control_fd: int, parent: int) -> None:
 class _Zygote:
     def __init__(self, control: socket.socket, *, fast: bool) -> None:
         self.control, self.fast = control, fast
-        self.namespaces = _ALL_NAMESPACES
+        self.namespaces = choose_namespaces()
         self.children: dict[int, int] = {}  # pidfd → PID
 
     def serve(self) -> None:
@@ -88,7 +86,7 @@ class _Zygote:
 
     def _spawn(self, worker_socket: int, memory_mib: int) -> None:
         try:
-            child, self.namespaces = clone_worker(self.namespaces)
+            child, namespaces = clone_worker(self.namespaces)
         except OSError as error:
             os.close(worker_socket)
             self.control.send(FAILED.pack(b"E", error.errno or 0))
@@ -96,10 +94,10 @@ class _Zygote:
         if child is None:
             from vmgraft.vmmhost.layer.worker import run_worker
 
-            run_worker(worker_socket, memory_mib, self.namespaces, fast=self.fast)
+            run_worker(worker_socket, memory_mib, namespaces, fast=self.fast)
         os.close(worker_socket)
         self.children[child.pidfd] = child.pid
-        socket.send_fds(self.control, [SPAWNED.pack(b"P", child.pid, self.namespaces)], [child.pidfd])
+        socket.send_fds(self.control, [SPAWNED.pack(b"P", child.pid, namespaces)], [child.pidfd])
 
     def _reap(self, pidfd: int) -> None:
         pid = self.children.pop(pidfd)

@@ -17,6 +17,9 @@
         call    hex32
         mov     ax, 0xf000      ; the ROM's model byte does not change
         mov     ds, ax
+        mov     byte [0xfffe], 1
+        sti
+        hlt
         movzx   eax, byte [0xfffe]
         call    hex32
         jmp     poweroff

@@ -1,0 +1,44 @@
+"""The trap BIOS is what its source says."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from importlib.resources import as_file, files
+
+from vmgraft.vmmhost.core.firmware import bios
+from vmgraft.vmmhost.core.firmware.call import BiosData
+
+DATA = files("vmgraft.vmmhost").joinpath("data")
+
+
+def test_rom_is_its_source_assembled(tmp_path):
+    with as_file(DATA.joinpath("trapbios.asm")) as source:
+        subprocess.run(["nasm", "-f", "bin", "-o", tmp_path / "rom.bin", source], check=True)
+    assert (tmp_path / "rom.bin").read_bytes() == bios.rom_image()
+
+
+def test_rom_and_host_agree():
+    source = DATA.joinpath("trapbios.asm").read_text()
+
+    def value(name: str) -> int:
+        found = re.search(rf"^{name}\s+equ\s+(\w+)", source, re.MULTILINE)
+        assert found is not None
+        return int(found.group(1), 0)
+
+    assert value("TRAP") == bios.TRAP_PORT
+    assert 0xF0000 + value("STUBS") == bios.STUBS
+    assert value("STUB_SIZE") == bios.STUB_SIZE
+    assert 0x400 + value("WAIT_FLAG") == BiosData.WAIT_FLAG
+
+
+def test_rom_layout():
+    rom = bios.rom_image()
+    assert len(rom) == 0x10000
+    assert rom[0xFFF0:0xFFF5] == b"\xea\x00\x00\x00\xf0"
+    assert rom[0xFFFE] == 0xFC
+    trap = bytes((0xE6, bios.TRAP_PORT))
+    for vector in range(256):
+        stub = rom[0x1000 + vector * 16 : 0x1010 + vector * 16]
+        silent = 0x09 <= vector <= 0x0F or 0x70 <= vector <= 0x77 or vector == 0x1C
+        assert stub.startswith(trap) != silent
