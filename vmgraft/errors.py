@@ -1,8 +1,8 @@
 """The error families of vmgraft, told apart by whose fault they are.
 
-Every error carries a message and, where they are known, the file, the byte offset and the field it is about, and a hint
-that says what would make it pass. Only the command line turns a family into an exit code (``vmgraft/cli/exitcodes.py``);
-libraries raise and never print.
+Every error carries a message and, where they are known, the file, the byte offset and the field it is about, and a
+hint that says what would make it pass. Only the command line turns a family into an exit code
+(``vmgraft/cli/exitcodes.py``); libraries raise and never print.
 """
 
 from __future__ import annotations

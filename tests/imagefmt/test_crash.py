@@ -1,5 +1,8 @@
 """kill -9 and power loss at every step of attach and detach: always before or after, never between."""
 
+import os
+import signal
+import time
 from hashlib import sha256
 from itertools import chain, combinations
 
@@ -163,3 +166,39 @@ def test_a_write_cut_short_is_recognised_and_undone(tmp_path, name):
         assert problem_of(path)
         detach_image(path)
         assert path.read_bytes() == content
+
+
+@pytest.mark.parametrize("name", ["raw inline", "iso inline"])
+def test_kill_at_any_moment_of_a_real_write(tmp_path, name):
+    """Not between two operations, but whenever the signal happens to arrive."""
+    file_name, content, placement = CASES[name]
+    path = tmp_path / file_name
+    path.write_bytes(content)
+    pristine = content_of(path)
+    noise = os.urandom(900_000 if file_name == "disk.img" else 40 << 20)
+    sections = [*sample_sections(), Section(SectionKind.FILES, noise)]
+    start = time.monotonic()
+    attach(path, placement, sections)
+    whole = time.monotonic() - start
+    seen = set()
+    for turn in range(16):
+        restore(path, content)
+        child = os.fork()
+        if child == 0:
+            try:
+                attach(path, placement, sections)
+            finally:
+                os._exit(0)
+        time.sleep(whole * turn / 15)
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        assert content_of(path) == pristine
+        state = state_of(path)
+        seen.add(state)
+        assert state in (GraftState.NONE, GraftState.OK, GraftState.CUT)
+        if state is GraftState.NONE:
+            assert path.read_bytes() == content
+        else:
+            detach_image(path)
+        assert path.read_bytes() == content
+    assert len(seen) > 1

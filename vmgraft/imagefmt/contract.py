@@ -5,13 +5,13 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from enum import Enum
+from enum import StrEnum
 from pathlib import Path
 from types import TracebackType
 from typing import Any, ClassVar, Self
 
 
-class Kind(str, Enum):
+class Kind(StrEnum):
     """What stands in a run of guest content."""
 
     DATA = "data"  #: stored bytes
@@ -28,7 +28,7 @@ class Extent:
     kind: Kind
 
 
-class Placement(str, Enum):
+class Placement(StrEnum):
     """Where a record goes."""
 
     AUTO = "auto"
@@ -36,7 +36,7 @@ class Placement(str, Enum):
     SIDECAR = "sidecar"
 
 
-class GraftState(str, Enum):
+class GraftState(StrEnum):
     """What an inspector can tell about the graft of an image without trusting it."""
 
     NONE = "none"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from os import PathLike
 from typing import Any
 
-from construct import Construct, ConstructError, Container
+from construct import Construct, ConstructError, Container, StreamError
 
 from vmgraft.errors import MalformedImageError, VmgraftError
 
@@ -57,5 +57,7 @@ def _field(problem: ConstructError, what: str) -> str:
 
 def _reason(problem: ConstructError) -> str:
     """Return the sentence of a Construct error, without the path that its text repeats."""
+    if isinstance(problem, StreamError):
+        return "the data ends too early"
     lines = [line for line in str(problem).splitlines() if line.strip() and not line.startswith("Error in path")]
     return lines[0].strip() if lines else type(problem).__name__

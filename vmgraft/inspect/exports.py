@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
-from vmgraft.errors import FileError, UsageError
+from vmgraft.errors import FileError
 from vmgraft.inspect.extract import extract_part
 from vmgraft.signing.dsse import parse_envelope
 from vmgraft.signing.export import export_bundle, export_openssl
@@ -24,7 +24,7 @@ def export_image(
         path: The image.
         form: ``bundle`` or ``openssl``.
         output: Folder, created if missing; existing files are not overwritten.
-        publics: Public keys of the signers; OpenSSL needs them, bundles do not carry them.
+        publics: Public keys of the signers, put beside the script; without them it takes keys as arguments.
         root: Folder that backing files must lie in.
 
     Returns:
@@ -32,14 +32,11 @@ def export_image(
 
     Raises:
         NoGraftError: the image carries none.
-        UsageError: a public key is missing for the ``openssl`` form.
         FileError: a file exists or cannot be written.
     """
 
     envelope = parse_envelope(extract_part(path, "envelope", root=root), file=path)
     if form == "openssl":
-        if not publics:
-            raise UsageError("the openssl form needs the signer's public key", hint="add --key vendor.pub")
         files = export_openssl(envelope, [load_public(public) for public in publics])
     else:
         files = export_bundle(envelope)

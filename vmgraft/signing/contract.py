@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from enum import Enum
+from enum import StrEnum
 from typing import Any, Protocol
 
 
@@ -41,7 +41,7 @@ class Evidence(Protocol):
         """Read the whole guest content and return its digests; ``flat`` asks for the flat SHA-256 too."""
 
 
-class Status(str, Enum):
+class Status(StrEnum):
     """How a check ended."""
 
     PASS = "pass"  # noqa: S105 - a verdict, not a password
@@ -62,8 +62,13 @@ class Check:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the JSON form."""
-        return {"name": self.name, "status": self.status.value, "detail": self.detail,
-                "error": self.error, "hint": self.hint}
+        return {
+            "name": self.name,
+            "status": self.status.value,
+            "detail": self.detail,
+            "error": self.error,
+            "hint": self.hint,
+        }
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +109,7 @@ class Report:
     """The verdict over one image.
 
     Attributes:
-        error: ``code`` of the deciding failure, by precedence integrity → authenticity → freshness → policy; None when ok.
+        error: ``code`` of the deciding failure (integrity before authenticity, freshness, policy); None when ok.
         statement: The verified statement, or None when it is not to be believed.
         signers: keyids (``SHA256:...``) of the distinct trusted keys that signed.
         extensions: Filled only when ``ok``.

@@ -14,7 +14,9 @@ PACKAGES: Final = (
     "click", "construct", "cryptography", "jsonschema", "numpy", "pycdlib", "rich", "unicorn", "wasmtime", "zstandard",
 )  # fmt: skip
 #: The smallest module of ABI vmgraft/1: one function without body, exported as its marker.
-TINY_MODULE: Final = b"\0asm\x01\0\0\0\x01\x04\x01\x60\0\0\x03\x02\x01\0\x07\x11\x01\x0dvmgraft_abi_1\0\0\x0a\x04\x01\x02\0\x0b"
+TINY_MODULE: Final = (
+    b"\0asm\x01\0\0\0\x01\x04\x01\x60\0\0\x03\x02\x01\0\x07\x11\x01\x0dvmgraft_abi_1\0\0\x0a\x04\x01\x02\0\x0b"
+)
 
 
 def examine() -> dict[str, Any]:
@@ -23,7 +25,8 @@ def examine() -> dict[str, Any]:
     ``ready`` says whether ``vmgraft run`` can work here: some engine is usable and workers start.
     """
     engines = [
-        {"name": info.name, "usable": info.usable, "emulated": info.emulated, "reason": info.reason} for info in detect()
+        {"name": info.name, "usable": info.usable, "emulated": info.emulated, "reason": info.reason}
+        for info in detect()
     ]
     sandbox = _sandbox()
     return {

@@ -16,7 +16,6 @@ from vmgraft import __version__
 from vmgraft.errors import RequiredExtensionError, VmgraftError
 from vmgraft.imagefmt.contract import Image, Progress
 from vmgraft.imagefmt.graft import Graft, open_graft, open_image
-from vmgraft.imagefmt.tree import ContentTree
 from vmgraft.signing.contract import Report
 from vmgraft.signing.policy import Policy, load_policy
 from vmgraft.signing.verify import verify_evidence
@@ -144,10 +143,8 @@ class Launcher:
             report.audit_head = log.head
             return report
         log.write("plan", {"sha256": report.plan.digest, "plan": report.plan.to_dict()})
-        specs = self._specs(report.plan)
-        # Before /dev/kvm is opened: no worker can have inherited what the core holds.
-        zygote = stack.enter_context(Zygote.start()) if specs else None
-        self._boot(stack, log, report, image, graft.tree, specs, zygote)
+        specs = [spec for spec in map(to_spec, report.plan.extensions) if spec is not None]
+        self._boot(stack, log, report, VerifiedDisk(image, graft.tree.check), specs)
         report.audit_head = log.head
         return report
 
@@ -187,25 +184,16 @@ class Launcher:
                 hint="run without --without-extensions",
             )
 
-    def _specs(self, plan: LaunchPlan) -> list[ExtensionSpec]:
-        """Return what the layer is told about each extension that has a module."""
-        return [spec for spec in map(to_spec, plan.extensions) if spec is not None]
-
     def _boot(
-        self,
-        stack: ExitStack,
-        log: AuditLog,
-        report: RunReport,
-        image: Image,
-        tree: ContentTree,
-        specs: list[ExtensionSpec],
-        zygote: Zygote | None,
+        self, stack: ExitStack, log: AuditLog, report: RunReport, disk: VerifiedDisk, specs: list[ExtensionSpec]
     ) -> None:
         options = self._options
+        # Before /dev/kvm is opened: no worker can have inherited what the core holds.
+        zygote = stack.enter_context(Zygote.start()) if specs else None
         machine = stack.enter_context(
             Machine(
                 Engine(options.cpu),
-                VerifiedDisk(image, tree.check),
+                disk,
                 memory_mib=options.memory_mib,
                 boot=BootSource(options.boot),
                 keys=options.keys,
@@ -278,4 +266,3 @@ def core_digest() -> str:
             digest.update(json.dumps([str(path.relative_to(base.parent)), path.stat().st_size]).encode())
             digest.update(path.read_bytes())
     return digest.hexdigest()
-

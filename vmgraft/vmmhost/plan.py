@@ -130,7 +130,9 @@ def to_spec(item: VerifiedExtension) -> layer.ExtensionSpec | None:
             layer.HypercallRange(claim.first, claim.last) for claim in claims if isinstance(claim, HypercallRange)
         ),
         windows=tuple(
-            layer.GuestWindow(claim.gpa, claim.size, claim.writable) for claim in claims if isinstance(claim, GuestWindow)
+            layer.GuestWindow(claim.gpa, claim.size, claim.writable)
+            for claim in claims
+            if isinstance(claim, GuestWindow)
         ),
         log="log" in flags,
         now="now" in flags,

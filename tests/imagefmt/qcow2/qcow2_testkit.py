@@ -27,7 +27,7 @@ def run(*args: object, check: bool = True) -> subprocess.CompletedProcess[str]:
 
 def qemu_io(path: Path, *commands: str, check: bool = True) -> None:
     flags = [flag for command in commands for flag in ("-c", command)]
-    run("qemu-io", "-f", "qcow2", *flags, path, check=check)
+    run("qemu-io", "-t", "unsafe", "-f", "qcow2", *flags, path, check=check)
 
 
 def qemu_check(path: Path) -> None:

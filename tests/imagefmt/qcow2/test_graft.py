@@ -126,6 +126,17 @@ def test_record_may_grow_past_the_room_into_a_sidecar(tmp_path: Path) -> None:
     assert path.read_bytes() == before
 
 
+def test_a_foreign_file_in_the_sidecars_place(tmp_path: Path) -> None:
+    path = pattern(make(tmp_path / "x.qcow2"))
+    put_extensions(path, extensions(path), b"foreign bytes")
+    before = path.read_bytes()
+    sidecar_path(path).write_bytes(b"my diary")
+    with pytest.raises(FileError):
+        attach(path, placement=Placement.SIDECAR)
+    assert path.read_bytes() == before
+    assert sidecar_path(path).read_bytes() == b"my diary"
+
+
 def test_a_second_graft_is_refused(tmp_path: Path) -> None:
     path = make(tmp_path / "x.qcow2")
     attach(path)

@@ -53,6 +53,14 @@ def _two_rewrites(path: Path) -> None:
     _img("amend", "-o", "compat=1.1", "IMAGE")(path)
 
 
+def _commit_into(path: Path) -> None:
+    overlay = path.with_suffix(".overlay")
+    run("qemu-img", "create", "-q", "-f", "qcow2", "-b", path.name, "-F", "qcow2", overlay)
+    qemu_io(overlay, "write -P 9 2M 1M")
+    run("qemu-img", "commit", "-q", overlay)
+    overlay.unlink()
+
+
 OPS: dict[str, Op] = {
     "nothing": lambda path: None,
     "upgrade": _img("amend", "-o", "compat=1.1", "IMAGE"),
@@ -68,6 +76,7 @@ OPS: dict[str, Op] = {
     "rebase-long": _img("rebase", "-u", "-b", "d" * 150 + "/b.raw", "-F", "raw", "IMAGE"),
     "rebase-none": _img("rebase", "-u", "-b", "", "IMAGE"),
     "check": _img("check", "-r", "all", "IMAGE"),
+    "commit": _commit_into,
     "rewrites": _two_rewrites,
 }
 

@@ -31,7 +31,9 @@ def entry(indicator=0x88, media=0, segment=0, count=4, sector=PROGRAM) -> bytes:
     return struct.pack("<BBHBBHI20x", indicator, media, segment, 0, 0, count, sector)
 
 
-def iso(program: bytes = b"", *, check: bytes | None = None, boot: bytes | None = None, catalogue=CATALOGUE) -> bytearray:
+def iso(
+    program: bytes = b"", *, check: bytes | None = None, boot: bytes | None = None, catalogue=CATALOGUE
+) -> bytearray:
     image = bytearray(40 * 2048)
     image[16 * 2048 : 16 * 2048 + 7] = b"\x01CD001\x01"
     record = struct.pack("<B5sB32s32sI", 0, b"CD001", 1, b"EL TORITO SPECIFICATION", b"", catalogue)
@@ -188,8 +190,9 @@ def test_grub_menu_takes_keys(run_guest, image_of):
     assert "Minimal BASH-like line editing is supported" in "\n".join(result.screen)
 
 
+@pytest.mark.slow
 def test_memtest_starts_in_long_mode(run_guest, image_of):
-    result = run_guest(Engine.SOFT, image_of(MEMTEST), until="Memtest86+ v", memory_mib=64, timeout=40)
+    result = run_guest(Engine.SOFT, image_of(MEMTEST), until="Memtest86+ v", memory_mib=64, timeout=120)
     assert result.reason is EndReason.UNTIL, result.detail
 
 

@@ -149,7 +149,7 @@ def test_trace_is_bounded(monkeypatch):
 
 @given(st.lists(st.tuples(st.integers(0, 0xFFFF), st.integers(0, 64), st.sampled_from("abc")), max_size=30))
 def test_every_port_has_at_most_one_owner(claims):
-    bus, taken = Bus(RAM_END), {port: CORE for port in range(DOORBELL_PORT, DOORBELL_PORT + 4)}
+    bus, taken = Bus(RAM_END), dict.fromkeys(range(DOORBELL_PORT, DOORBELL_PORT + 4), CORE)
     for first, length, owner in claims:
         ports = range(first, first + length + 1)
         free = ports[-1] <= 0xFFFF and not any(port in taken for port in ports)

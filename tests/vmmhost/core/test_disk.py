@@ -93,8 +93,8 @@ def test_disk_behaves_like_a_byte_array(operations):
             return pattern(SIZE)[offset : offset + length]
 
     disk, model = VerifiedDisk(Reader(), lambda _index, _block: True), bytearray(pattern(SIZE))
-    for offset, data, write in operations:
-        data = data[: SIZE - offset]
+    for offset, raw, write in operations:
+        data = raw[: SIZE - offset]
         if write:
             disk.write(offset, data)
             model[offset : offset + len(data)] = data

@@ -16,7 +16,7 @@ def test_call_comes_back():
 
 
 def test_setup_comes_back():
-    message = Setup(3, b"epoch=1", 1 << 20, 256, 65536, 10**9, 10, bytes(range(32)))
+    message = Setup(3, b"epoch=1", 1 << 20, 256, 65536, 10**9, 10, 3, bytes(range(32)))
     assert protocol.parse_setup(protocol.setup(message)) == message
 
 

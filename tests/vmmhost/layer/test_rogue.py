@@ -7,10 +7,11 @@ import threading
 
 import pytest
 
+from vmgraft.errors import HostError
 from vmgraft.vmmhost.layer import protocol
 from vmgraft.vmmhost.layer.faults import FaultKind, WorkerFaultError
 from vmgraft.vmmhost.layer.link import LinkEvents, WorkerLink
-from vmgraft.vmmhost.layer.protocol import Kind
+from vmgraft.vmmhost.layer.protocol import Kind, Refusal
 from vmgraft.vmmhost.layer.sandbox import Mechanism
 from vmgraft.vmmhost.layer.spec import ExtensionSpec, GuestWindow, LayerLimits
 from vmgraft.vmmhost.layer.zygote import WorkerProcess
@@ -150,3 +151,12 @@ def test_a_result_in_place_of_ready(rogue):
     item = rogue()
     item.socket.send(protocol.frame(Kind.RESULT, 0))
     fails(FaultKind.PROTOCOL, lambda: item.link.start(bytes(32), 0.5, 1))
+
+
+def test_a_refusal_for_lack_of_isolation_is_the_hosts_error(rogue):
+    item = rogue()
+    packet = protocol.frame(Kind.REFUSED, 0, 0, b"level 1\0isolation\0hint", flag=Refusal.ISOLATION)
+    item.socket.send(packet)
+    with pytest.raises(HostError, match="level 1") as caught:
+        item.link.start(bytes(32), 0.5, 1)
+    assert (caught.value.code, caught.value.file, caught.value.hint) == ("host", "org.example.rogue", "hint")

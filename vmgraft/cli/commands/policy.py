@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import UTC, datetime
 from pathlib import Path
 
 import click
@@ -28,11 +29,11 @@ def init(publics: tuple[Path, ...], minimum: int, folders: tuple[Path, ...], nam
     from vmgraft.cli.files import write_output
     from vmgraft.signing.keyfiles import load_public
     from vmgraft.signing.manifest import parse_manifest
-    from vmgraft.signing.policytools import format_policy, init_policy, key_name
+    from vmgraft.signing.policytools import format_policy, init_policy, name_keys
     from vmgraft.vendor.pack import load_package
 
     document = init_policy(
-        {key_name(path.stem): load_public(path) for path in publics},
+        name_keys((path.stem, load_public(path)) for path in publics),
         [parse_manifest(load_package(folder).manifest) for folder in folders],
         name=name,
         minimum=minimum,
@@ -49,7 +50,7 @@ def check(path: Path, as_json: bool) -> None:
     from vmgraft.signing.policy import load_policy
     from vmgraft.signing.policytools import check_policy
 
-    findings = check_policy(load_policy(path))
+    findings = check_policy(load_policy(path), now=datetime.now(UTC))
     if as_json:
         emit_ok({"policy": str(path), "findings": findings})
         return

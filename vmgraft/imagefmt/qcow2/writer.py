@@ -8,10 +8,10 @@ is dead to every reader of qcow2, and the undo note (``note.py``) tells how to c
 from __future__ import annotations
 
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import sha256
 
-from vmgraft.errors import GraftFormatError, NoGraftError, NoRoomError
+from vmgraft.errors import GraftFormatError, NoGraftError, NoRoomError, VmgraftError
 from vmgraft.imagefmt.commit import Writer
 from vmgraft.imagefmt.contract import Locator, Patch, Placement, RecordBuilder, Undo
 from vmgraft.imagefmt.locator import LOCATOR_SIZE, pack_locator, parse_locator
@@ -109,12 +109,21 @@ def attach(writer: Writer, header: Header, build: RecordBuilder, terms: Terms) -
     if note.spill:
         cluster.put(note.spill_offset, note.spill)
     if not inline:
-        write_sidecar(writer.file, locator, record)
+        _put_sidecar(cluster, note, locator, record)
     if layout.name_new:
         cluster.move_name(len(header.backing_name), layout.name_new)
     cluster.put(layout.end_offset + lay.EXT_HEADER_SIZE, data + _END_MARK)
     cluster.put(layout.end_offset, struct.pack(">II", lay.EXT_GRAFT, len(data)))
     cluster.put_note(note.at(Phase.ATTACHED))
+
+
+def _put_sidecar(cluster: _Cluster, note: Note, locator: Locator, record: bytes) -> None:
+    """Write the sidecar; if that fails (no space, a foreign file of that name), take back what was written."""
+    try:
+        write_sidecar(cluster.writer.file, locator, record)
+    except VmgraftError:
+        _restore(cluster, replace(note, sidecar=False))
+        raise
 
 
 def _choose(header: Header, placement: Placement, size: int, file: str) -> bool:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from enum import Enum
+from enum import StrEnum
 from typing import Protocol
 
 
@@ -43,7 +43,7 @@ class GuestMemory(Protocol):
 TickHandler = Callable[[int], None]
 
 
-class EndReason(str, Enum):
+class EndReason(StrEnum):
     """Why a guest run ended."""
 
     HALT = "halt"  #: HLT with interrupts off, or INT 18h

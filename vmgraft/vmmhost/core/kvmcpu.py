@@ -49,11 +49,14 @@ def periodic_kick(seconds: float) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         raise HostError("the KVM engine runs in the main thread only", hint="choose the soft engine in other threads")
     handler = signal.signal(signal.SIGALRM, lambda _number, _frame: None)
-    timer = signal.setitimer(signal.ITIMER_REAL, seconds, seconds)
+    start = time.monotonic()
+    left, interval = signal.setitimer(signal.ITIMER_REAL, seconds, seconds)
     try:
         yield
     finally:
-        signal.setitimer(signal.ITIMER_REAL, *timer)
+        if left:  # somebody else's alarm: late rather than never
+            left = max(0.001, left - (time.monotonic() - start))
+        signal.setitimer(signal.ITIMER_REAL, left, interval)
         signal.signal(signal.SIGALRM, signal.SIG_DFL if handler is None else handler)
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final, NoReturn
 
-from vmgraft.errors import CapabilityError, GraftFormatError, HostError
+from vmgraft.errors import CapabilityError, GraftFormatError, HostError, VmgraftError
 from vmgraft.vmmhost.core.contract import GuestMemory
 from vmgraft.vmmhost.layer.abi import MASK64, Grant, Hook
 from vmgraft.vmmhost.layer.faults import FaultKind, WorkerFaultError
@@ -33,6 +33,7 @@ from vmgraft.vmmhost.layer.zygote import WorkerProcess, Zygote, describe_status
 _READY_FAST_BIT: Final = 1 << 63
 _READY_MECHANISMS_SHIFT: Final = 16
 _EXIT_WAIT_SECONDS: Final = 0.5
+_REFUSALS: Final[dict[int, type[VmgraftError]]] = {Refusal.CAPABILITY: CapabilityError, Refusal.ISOLATION: HostError}
 _NO_ARGS: Final = (0, 0, 0, 0)
 
 
@@ -104,11 +105,12 @@ class WorkerLink:
             WorkerFaultError: DIED, DEADLINE or PROTOCOL.
             GraftFormatError: the module is malformed or breaks the ABI.
             CapabilityError: the module imports what is not granted.
+            HostError: the isolation is below the minimum; the module was not touched.
         """
         spec, limits = self._spec, self._spec.limits
         message = Setup(
             grant_of(spec), spec.config, len(spec.module), limits.memory_mib, max(self._events.log_left, 0),
-            limits.fuel_per_call, cpu_seconds, seed,
+            limits.fuel_per_call, cpu_seconds, spec.min_isolation, seed,
         )  # fmt: skip
         deadline = time.monotonic() + seconds
         for packet in (setup(message), *module_packets(spec.module)):
@@ -250,7 +252,7 @@ class WorkerLink:
         texts = [printable(text) for text in reply.payload.split(b"\0")]
         message, field, hint = [*texts, "", "", ""][:3]
         offset = reply.value - 1 if reply.value else None
-        error = CapabilityError if reply.flag == Refusal.CAPABILITY else GraftFormatError
+        error = _REFUSALS.get(reply.flag, GraftFormatError)
         raise error(message, file=self._spec.id, offset=offset, field=field or None, hint=hint or None)
 
 
@@ -285,13 +287,14 @@ def printable(data: bytes) -> str:
 
 
 def check_isolation(spec: ExtensionSpec, ready: Ready) -> None:
-    """Hold the achieved isolation against the policy's minimum.
+    """Hold what was achieved against the policy's minimum: seccomp comes last, after the worker's own check.
 
     Raises:
         HostError: the level is too low.
     """
     if ready.level < spec.min_isolation:
         raise HostError(
-            f"isolation level {ready.level} of {spec.id} is below the {spec.min_isolation} that the policy demands",
+            f"isolation level {ready.level} is below the {spec.min_isolation} that the policy demands",
+            file=spec.id,
             hint=f"this kernel gave: {', '.join(ready.mechanisms.names())}; see docs/sandbox.md",
         )

@@ -21,7 +21,8 @@ MAX_REQUESTS: Final = 65536
 
 _FRAME: Final = struct.Struct("<BBHIQ")  # kind, flag, length, sequence, value
 _CALL: Final = struct.Struct("<BBHIQQQ4I")  # kind, size, zero, sequence, now, address, value, arguments
-_SETUP: Final = struct.Struct("<BBHIIIQI32s")  # kind, grant, config, module, memory, log, fuel, cpu, seed
+#: kind, grant, config, module, memory, log, fuel, cpu, isolation, seed
+_SETUP: Final = struct.Struct("<BBHIIIQII32s")
 
 HEADER_BYTES: Final = _FRAME.size
 CALL_BYTES: Final = _CALL.size
@@ -63,6 +64,7 @@ class Refusal(IntEnum):
     MALFORMED = 1
     CAPABILITY = 2
     ENGINE = 3
+    ISOLATION = 4
 
 
 #: Largest payload of each frame kind that a worker may send.
@@ -102,7 +104,11 @@ class Call(NamedTuple):
 
 
 class Setup(NamedTuple):
-    """What a worker is told first. ``cpu_seconds`` limits compilation; ``seed`` keys its random generator."""
+    """What a worker is told first.
+
+    ``cpu_seconds`` limits compilation, ``min_isolation`` is the level below which it does not even begin, ``seed`` keys
+    the random generator.
+    """
 
     grant: int
     config: bytes
@@ -111,6 +117,7 @@ class Setup(NamedTuple):
     log_bytes: int
     fuel: int
     cpu_seconds: int
+    min_isolation: int
     seed: bytes
 
 
@@ -131,7 +138,7 @@ def setup(message: Setup) -> bytes:
     """Build the first packet of a worker's life."""
     head = _SETUP.pack(
         Kind.SETUP, message.grant, len(message.config), message.module_bytes, message.memory_mib, message.log_bytes,
-        message.fuel, message.cpu_seconds, message.seed,
+        message.fuel, message.cpu_seconds, message.min_isolation, message.seed,
     )  # fmt: skip
     return head + message.config
 
@@ -192,10 +199,10 @@ def parse_setup(packet: bytes) -> Setup:
     """
     if len(packet) < _SETUP.size:
         raise ProtocolError(f"a setup of {len(packet)} bytes")
-    kind, grant, config, module, memory, log, fuel, cpu, seed = _SETUP.unpack_from(packet)
+    kind, grant, config, module, memory, log, fuel, cpu, isolation, seed = _SETUP.unpack_from(packet)
     if kind != Kind.SETUP or len(packet) != _SETUP.size + config:
         raise ProtocolError("a setup that is none")
-    return Setup(grant, packet[_SETUP.size :], module, memory, log, fuel, cpu, seed)
+    return Setup(grant, packet[_SETUP.size :], module, memory, log, fuel, cpu, isolation, seed)
 
 
 def module_packets(module: bytes) -> list[bytes]:

@@ -6,6 +6,7 @@ import os
 from typing import Final, NoReturn
 
 from vmgraft.errors import CapabilityError, GraftFormatError
+from vmgraft.vmmhost.layer import seccomp
 from vmgraft.vmmhost.layer.abi import EXPORTS, MASK32, MEMORY, Grant, Hook
 from vmgraft.vmmhost.layer.engine import EngineError, FuelError, Invoke, Machine, ModuleTrapError
 from vmgraft.vmmhost.layer.protocol import (
@@ -107,6 +108,7 @@ class _RefusedError(Exception):
 
 def _serve(channel: Channel, mechanisms: Mechanism, *, fast: bool) -> NoReturn:
     setup, module = _receive(channel)
+    _check_isolation(channel, setup, mechanisms)
     services = Services(setup, channel)
     try:
         info = check_module(module, Grant(setup.grant), setup.memory_mib)
@@ -125,6 +127,15 @@ def _serve(channel: Channel, mechanisms: Mechanism, *, fast: bool) -> NoReturn:
     channel.send(frame(Kind.READY, 0, value, flag=level_of(mechanisms)))
     while True:
         _answer(channel, services, hooks, parse_call(channel.receive()))
+
+
+def _check_isolation(channel: Channel, setup: Setup, mechanisms: Mechanism) -> None:
+    """Refuse before a byte of the module is looked at, if the level cannot be reached any more."""
+    level = level_of(mechanisms | (Mechanism.SECCOMP if seccomp.supported() else Mechanism(0)))
+    if level < setup.min_isolation:
+        message = f"isolation level {level} is below the {setup.min_isolation} that the policy demands"
+        hint = f"this kernel gave: {', '.join(mechanisms.names())}; see docs/sandbox.md"
+        _refuse(channel, Refusal.ISOLATION, None, (message, "isolation", hint))
 
 
 def _receive(channel: Channel) -> tuple[Setup, bytes]:
