@@ -18,5 +18,5 @@ def compare(title: str, peers: dict[str, Callable[[], object]], rounds: int = 7)
     first = next(iter(medians.values()))
     print(title)
     for name, median in medians.items():
-        print(f"  {name:34} {median * 1e3:10.2f} ms   {first / median:6.2f}x of the first")
+        print(f"  {name:34} {median * 1e3:10.2f} ms   {first / median:6.2f}x the speed of the first")
     return medians

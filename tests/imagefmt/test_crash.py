@@ -164,6 +164,12 @@ def test_a_write_cut_short_is_recognised_and_undone(tmp_path, name):
         assert state_of(path) is GraftState.CUT
         assert content_of(path) == pristine
         assert problem_of(path)
+        left_behind = path.read_bytes()
+        detach_image(path)
+        assert path.read_bytes() == content
+        path.write_bytes(left_behind)
+        attach(path, placement, sections)
+        assert is_grafted(path, pristine)
         detach_image(path)
         assert path.read_bytes() == content
 
@@ -175,7 +181,7 @@ def test_kill_at_any_moment_of_a_real_write(tmp_path, name):
     path = tmp_path / file_name
     path.write_bytes(content)
     pristine = content_of(path)
-    noise = os.urandom(900_000 if file_name == "disk.img" else 40 << 20)
+    noise = os.urandom(900_000 if file_name == "disk.img" else 24 << 20)
     sections = [*sample_sections(), Section(SectionKind.FILES, noise)]
     start = time.monotonic()
     attach(path, placement, sections)
@@ -189,8 +195,9 @@ def test_kill_at_any_moment_of_a_real_write(tmp_path, name):
                 attach(path, placement, sections)
             finally:
                 os._exit(0)
-        time.sleep(whole * turn / 15)
-        os.kill(child, signal.SIGKILL)
+        if turn < 15:
+            time.sleep(whole * turn / 12)
+            os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
         assert content_of(path) == pristine
         state = state_of(path)
@@ -201,4 +208,4 @@ def test_kill_at_any_moment_of_a_real_write(tmp_path, name):
         else:
             detach_image(path)
         assert path.read_bytes() == content
-    assert len(seen) > 1
+    assert seen >= {GraftState.NONE, GraftState.OK}

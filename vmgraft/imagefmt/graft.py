@@ -219,7 +219,7 @@ def attach_sections(
     """Build a record of ``sections`` and UNDO, write it, and read it back.
 
     Args:
-        image_path: The image, which must not be in use and carry no graft.
+        image_path: The image, which must not be in use and carry no graft; one that was cut short is cleared away.
         sections: What the record is to hold, without UNDO.
         placement: Where it goes; ``AUTO`` is inline where it fits, else a sidecar.
         tree_digest: fs-verity digest of the content (32 bytes), kept in the locator as a hint.
@@ -244,14 +244,22 @@ def attach_sections(
         return written[-1]
 
     with open_image(image_path, root=root, writable=True) as image:
-        located = image.locate()
-        if located.state not in _FREE:
-            raise UsageError(
-                f"the image already carries a graft ({located.state.value})", file=image.path, hint="detach it first"
-            )
+        _make_free(image)
         image.attach(build, placement, tree_digest)
     with open_image(image_path, root=root) as image:
         return _check_written(image, written[-1])
+
+
+def _make_free(image: Image) -> None:
+    """Clear away what an interrupted attach has left; refuse any other graft."""
+    located = image.locate()
+    if located.state is GraftState.CUT:
+        image.detach(_find_undo(image, located))
+        located = image.locate()
+    if located.state not in _FREE:
+        raise UsageError(
+            f"the image already carries a graft ({located.state.value})", file=image.path, hint="detach it first"
+        )
 
 
 def _check_written(image: Image, record: bytes) -> Located:

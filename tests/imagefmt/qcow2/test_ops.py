@@ -172,3 +172,24 @@ def test_headers_that_qemu_did_not_write(tmp_path: Path, behind: bytes, gap: int
     run("qemu-img", "compare", "-q", x, y)
     detach(y)
     assert _without_dates(y) == _without_dates(x)
+
+
+@pytest.mark.parametrize("op", ["nothing", "write", "lazy", "rebase"])
+@pytest.mark.parametrize("length", [104, 136])
+def test_shorter_and_longer_headers(tmp_path: Path, length: int, op: str) -> None:
+    """QEMU before 5.1 wrote 104 bytes; later fields that are unknown today must be kept."""
+    raw_base(tmp_path, name="b2.raw")
+    x = pattern(make(tmp_path / "x.qcow2"))
+    with x.open("r+b") as file:
+        file.seek(100)
+        file.write(struct.pack(">I", length) + bytes(8))
+        file.write(b"later".ljust(length - 112, b"\0") if length > 112 else b"")
+        file.write(bytes(600))
+    qemu_check(x)
+    y = tmp_path / "y.qcow2"
+    shutil.copy(x, y)
+    attach(y, size=5000)
+    OPS[op](x)
+    OPS[op](y)
+    detach(y)
+    assert y.read_bytes() == x.read_bytes()

@@ -106,8 +106,10 @@ def test_doorbell_and_timer_ports_are_the_cores():
 
 @pytest.mark.parametrize(
     ("base", "size"),
-    [(0, 0x1000), (0xB8000, 0x1000), (0xBFFFF, 2), (0xEF000, 0x1001), (0xF0000, 16), (RAM_END - 1, 2), (0xD0000, 0)]
-    + [(0xFEE00000, 0x1000), (0xFFFFF000, 0x1000), (1 << 32, 0x1000), (-4096, 4096)],
+    [
+        *((0, 0x1000), (0xB8000, 0x1000), (0xBFFFF, 2), (0xEF000, 0x1001), (0xF0000, 16), (RAM_END - 1, 2)),
+        *((0xD0000, 0), (0xFEE00000, 0x1000), (0xFFFFF000, 0x1000), (1 << 32, 0x1000), (-4096, 4096)),
+    ],
 )
 def test_mmio_only_where_nothing_is(base, size):
     with pytest.raises(CapabilityError):

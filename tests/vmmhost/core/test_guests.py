@@ -170,6 +170,20 @@ def test_a_byte_that_looks_like_hlt_is_not(engine, run_guest):
     assert words(result.serial) == [1_500_000]
 
 
+def test_triple_fault_is_a_reset(engine, run_guest):
+    result = run_guest(engine, "triple")
+    if engine is Engine.KVM and result.emulated and result.reason is EndReason.ERROR:
+        pytest.skip(f"this KVM emulates guest code and lacks an instruction: {result.detail}")
+    assert result.reason is EndReason.RESET
+    assert result.detail.startswith("triple fault")
+
+
+def test_fault_with_error_code_is_beyond_the_soft_engine(run_guest):
+    result = run_guest(Engine.SOFT, "fault")
+    assert result.reason is EndReason.ERROR
+    assert "exception 13 with an error code at 0x0:0x7c" in result.detail
+
+
 @pytest.mark.parametrize("name", ["serial", "screen", "disk", "hole", "rep", "memory", "overlay", "halt"])
 def test_both_engines_show_the_same_trace(kvm, run_guest, name):
     soft, hard = (run_guest(each, name, trace=True, rtc_epoch=0) for each in (Engine.SOFT, kvm))

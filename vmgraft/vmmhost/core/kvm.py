@@ -204,14 +204,12 @@ class Vcpu(_Descriptor):
         except OSError as error:
             self.close()
             raise HostError(f"mapping the KVM run area failed: {error.strerror}", file=DEVICE) from error
-        self._view = memoryview(self.area)
         self._reason = struct.Struct("<I")
         struct.pack_into("<Q", self.area, abi.RUN_VALID_REGS, abi.SYNC_X86_REGS | abi.SYNC_X86_SREGS)
 
     def close(self) -> None:
         """Unmap the run area and close the descriptor."""
         if hasattr(self, "area"):
-            self._view.release()
             self.area.close()
         super().close()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 from typing import Final
 
 from vmgraft.vmmhost.core.contract import GuestMemory
@@ -9,6 +10,8 @@ from vmgraft.vmmhost.core.contract import GuestMemory
 TEXT_BASE: Final = 0xB8000
 COLUMNS: Final = 80
 ROWS: Final = 25
+#: Looked up now: a host that has given up opening files cannot load a codec later.
+_CODEC: Final = codecs.lookup("cp437")
 #: What the first 32 codes and 127 look like on a PC's screen (they are glyphs there, not controls).
 _LOW_GLYPHS: Final = " ☺☻♥♦♣♠•◘○◙♂♀♪♫☼►◄↕‼¶§▬↨↑↓→←∟↔▲▼"
 _GLYPHS: Final = str.maketrans({**{chr(code): glyph for code, glyph in enumerate(_LOW_GLYPHS)}, "\x7f": "⌂"})
@@ -22,7 +25,8 @@ class TextScreen:
 
     def lines(self) -> list[str]:
         """Return 25 lines, without trailing blanks."""
-        text = self._memory.read(TEXT_BASE, COLUMNS * ROWS * 2)[::2].decode("cp437").translate(_GLYPHS)
+        cells = self._memory.read(TEXT_BASE, COLUMNS * ROWS * 2)
+        text = _CODEC.decode(cells[::2])[0].translate(_GLYPHS)
         return [text[start : start + COLUMNS].rstrip("\xa0 ") for start in range(0, len(text), COLUMNS)]
 
     def contains(self, text: str) -> bool:

@@ -15,7 +15,7 @@ from vmgraft.errors import EngineUnavailableError
 from vmgraft.vmmhost.core.contract import EndReason
 from vmgraft.vmmhost.core.cpu import FLAG_INTERRUPT, GENERAL, SEGMENTS, TICK_SECONDS, Cpu, CpuEnd, Dispatcher
 from vmgraft.vmmhost.core.memory import HIGH_BASE, LOW_END, ROM_BASE, GuestRam
-from vmgraft.vmmhost.core.softint import WITH_ERROR_CODE, Deliverer, DeliveryError
+from vmgraft.vmmhost.core.softint import WITH_ERROR_CODE, Deliverer, DeliveryError, TripleFaultError
 from vmgraft.vmmhost.core.softirq import PicPair, PicPorts, Pit
 
 INSTALL_HINT: Final = "pip install 'vmgraft[soft]'"
@@ -215,6 +215,8 @@ class SoftCpu(Cpu):
             return self._loop(dispatcher)
         except self._unicorn.UcError as error:
             return CpuEnd(EndReason.ERROR, f"emulation failed at {self._where()}: {error}")
+        except TripleFaultError as error:
+            return CpuEnd(EndReason.RESET, f"triple fault at {self._where()}: {error}")
         except DeliveryError as error:
             return CpuEnd(EndReason.ERROR, f"{error} at {self._where()}")
         finally:

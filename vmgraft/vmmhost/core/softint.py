@@ -28,6 +28,10 @@ class DeliveryError(Exception):
     """This interrupt cannot be delivered here."""
 
 
+class TripleFaultError(DeliveryError):
+    """No table holds a gate for this interrupt, nor for the faults that follow: the CPU shuts down."""
+
+
 class Deliverer:
     """Pushes the frame and goes to the handler.
 
@@ -91,7 +95,7 @@ class Deliverer:
     def _real(self, vector: int) -> None:
         base, limit = self._table()
         if vector * 4 + 3 > limit:
-            raise DeliveryError(f"interrupt {vector} is beyond the vector table")
+            raise TripleFaultError(f"interrupt {vector} is beyond the vector table")
         ip, cs = struct.unpack("<HH", self._uc.mem_read(base + vector * 4, 4))
         flags, sp = self._get("EFLAGS"), (self._get("ESP") - 6) & 0xFFFF
         frame = struct.pack("<HHH", self._get("EIP") & 0xFFFF, self._get("CS"), flags & 0xFFFF)
@@ -106,7 +110,7 @@ class Deliverer:
     def _gate(self, vector: int, size: int) -> bytes:
         base, limit = self._table()
         if (vector + 1) * size - 1 > limit:
-            raise DeliveryError(f"interrupt {vector} is beyond the descriptor table")
+            raise TripleFaultError(f"interrupt {vector} is beyond the descriptor table")
         gate = self._read(base + vector * size, size)
         if not gate[5] & 0x80:
             raise DeliveryError(f"the gate of interrupt {vector} is not present")
