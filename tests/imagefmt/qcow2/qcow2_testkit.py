@@ -6,6 +6,7 @@ import hashlib
 import random
 import struct
 import subprocess
+from functools import lru_cache
 from pathlib import Path
 
 from vmgraft.imagefmt.contract import Image, Located, OpenOptions, Placement, Undo
@@ -34,6 +35,7 @@ def qemu_check(path: Path) -> None:
     run("qemu-img", "check", "-q", "-f", "qcow2", path)
 
 
+@lru_cache
 def noise(size: int, seed: int = 1) -> bytes:
     return random.Random(seed).randbytes(size)
 

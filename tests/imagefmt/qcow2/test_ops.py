@@ -5,8 +5,10 @@ from __future__ import annotations
 import shutil
 import struct
 from collections.abc import Callable
+from functools import cache
 from itertools import product
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 from qcow2_testkit import (
@@ -99,14 +101,22 @@ def _cases() -> list[tuple[int, int, bool, str]]:
     return [c for c in every if (c[0], c[3]) != (2, "bitmap") and (c[1], c[3]) != (512, "rebase-long")]
 
 
+@cache
+def _original(version: int, cluster: int, backed: bool) -> bytes:
+    with TemporaryDirectory() as folder:
+        raw_base(Path(folder))
+        path = make(Path(folder) / "x", version=version, cluster=cluster, backing="base.raw" if backed else None)
+        return pattern(path, zeros=version == 3).read_bytes()
+
+
 @pytest.mark.parametrize(("version", "cluster", "backed", "op"), _cases())
 def test_detach_of_a_changed_graft_gives_the_changed_original(
     tmp_path: Path, version: int, cluster: int, backed: bool, op: str
 ) -> None:
     raw_base(tmp_path)
     raw_base(tmp_path, name="b2.raw")
-    x = pattern(make(tmp_path / "x.qcow2", version=version, cluster=cluster, backing="base.raw" if backed else None),
-                zeros=version == 3)  # fmt: skip
+    x = tmp_path / "x.qcow2"
+    x.write_bytes(_original(version, cluster, backed))
     y = tmp_path / "y.qcow2"
     shutil.copy(x, y)
     assert attach(y, size=6000).state is GraftState.OK
@@ -155,7 +165,7 @@ def test_other_unknown_extensions_keep_their_order(tmp_path: Path, backed: bool,
 
 
 @pytest.mark.parametrize("op", ["nothing", "write", "snapshot", "grow", "lazy", "rebase"])
-@pytest.mark.parametrize("gap", [0, 24, 4000])
+@pytest.mark.parametrize("gap", [0, 4000])
 @pytest.mark.parametrize("behind", [b"", b"some tool left this here", bytes(300) + b"x" * 700 + bytes(99) + b"y"])
 def test_headers_that_qemu_did_not_write(tmp_path: Path, behind: bytes, gap: int, op: str) -> None:
     """Foreign bytes and gaps come back verbatim, unless QEMU has rewritten the header meanwhile."""
