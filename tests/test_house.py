@@ -44,3 +44,29 @@ def test_every_error_code_has_an_exit_code_and_a_line_in_the_docs() -> None:
     table = (ROOT / "docs" / "exit-codes.md").read_text()
     for code, number in EXIT_CODES.items():
         assert any(line.startswith(f"| {number} |") and f"`{code}`" in line for line in table.splitlines()), code
+
+
+def test_the_manual_in_the_package_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import textwrap
+
+    import vmgraft
+
+    code = vmgraft.__doc__.split(".. code-block:: python\n")[1].split("\n``Launcher")[0]
+    disk = tmp_path / "disk.qcow2"
+    subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", str(disk), "4M"], check=True)
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    before = disk.read_bytes()
+    monkeypatch.chdir(tmp_path)
+    exec(compile(textwrap.dedent(code), "manual", "exec"), {})  # noqa: S102 - our own manual
+    assert disk.read_bytes() == before
+    assert (tmp_path / "policy.json").exists()
+
+
+def test_public_names_exist_and_are_imported_on_use() -> None:
+    import vmgraft
+
+    assert vmgraft.__all__ == sorted(vmgraft._PUBLIC)
+    for name in vmgraft.__all__:
+        assert getattr(vmgraft, name).__name__ == name
+    with pytest.raises(AttributeError):
+        vmgraft.nothing  # noqa: B018 - the access is the test

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import io
 import os
 import sys
 from typing import Any, Final, NoReturn
@@ -98,6 +99,7 @@ def run(argv: list[str] | None = None) -> NoReturn:
     """Run the program and exit with the documented code; never shows a traceback for a known error."""
     args = sys.argv[1:] if argv is None else argv
     as_json = "--json" in args
+    _print_anything()
     try:
         result: Any = cli.main(args, prog_name="vmgraft", standalone_mode=False, obj=as_json)
     except (click.exceptions.Abort, KeyboardInterrupt):
@@ -108,8 +110,10 @@ def run(argv: list[str] | None = None) -> NoReturn:
         code = _usage(error, as_json)
     except BrokenPipeError:
         # The reader went away (`vmgraft inspect | head`): end as other programs do, without a message.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = 128 + 13
+        _drop_output()
+        code = exitcodes.BROKEN_PIPE
+    except OSError as error:
+        code = _system(error, as_json)
     except Exception as error:  # noqa: BLE001 - the last line: a bug is reported as one, and never looks like a verdict
         code = _internal(error, as_json)
     else:
@@ -117,13 +121,46 @@ def run(argv: list[str] | None = None) -> NoReturn:
     sys.exit(code)
 
 
+def _print_anything() -> None:
+    """Let no file name or claim fail to print where the terminal's encoding lacks its characters."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _drop_output() -> None:
+    """Throw away what stdout cannot take, so that the interpreter does not complain about it at its end."""
+    if sys.stdout is not None:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _system(error: OSError, as_json: bool) -> int:
+    """Report what the system refused and no room foresaw, such as a full disk below stdout."""
+    from vmgraft.cli.output import report_error
+    from vmgraft.errors import FileError
+
+    problem = FileError(
+        f"the system refused: {error.strerror or error}", file=error.filename, hint="is the disk below stdout full?"
+    )
+    try:
+        sys.stdout.flush()
+        return report_error(problem, as_json)
+    except OSError:
+        _drop_output()
+        return report_error(problem, as_json=False)
+
+
 def _usage(error: click.ClickException, as_json: bool) -> int:
     """Report a wrong command line: click's own words for people, our object for programs."""
-    from vmgraft.cli.output import report_error
+    from vmgraft.cli.output import printable, report_error
     from vmgraft.errors import UsageError
 
     if as_json:
-        return report_error(UsageError(error.format_message()), as_json=True)
+        hint = "see `vmgraft --help`"
+        if isinstance(error, click.UsageError) and error.ctx is not None:
+            hint = f"see `{error.ctx.command_path} --help`"
+        return report_error(UsageError(error.format_message(), hint=hint), as_json=True)
+    error.message = "\n".join(map(printable, error.message.split("\n")))
     error.show()
     return exitcodes.USAGE
 

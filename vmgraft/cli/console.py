@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO, Self
 
+import click
+
+from vmgraft.cli.output import interactive, printable
 from vmgraft.errors import FileError
 
 #: Bytes a guest may send to a terminal as they are; the rest is shown as escapes, since it could drive the terminal.
@@ -27,7 +31,9 @@ class Outputs:
     """
 
     def __init__(self, *, screen: Path | None, serial: Path | None, as_json: bool) -> None:
-        self._files: list[BinaryIO] = []
+        self._files: list[tuple[Path, BinaryIO]] = []
+        #: Set once the guest has run: only then do the files stay.
+        self.started = False
         self.screen_wanted, self._as_json = screen is not None, as_json
         self._screen = self._open(screen)
         self._serial = self._open(serial)
@@ -44,16 +50,21 @@ class Outputs:
             raise FileError("the file exists already", file=path, hint="name a new file") from error
         except OSError as error:
             self.close()
-            raise FileError(f"cannot create: {error.strerror}", file=path) from error
-        self._files.append(file)
+            raise FileError(f"cannot create: {error.strerror}", file=path, hint="is there such a folder?") from error
+        self._files.append((path, file))
         return file
 
     def _write_serial(self, data: bytes) -> None:
         if self._serial is not None:
             self._serial.write(data)
-        elif self._to_terminal:
-            sys.stdout.write(visible(data) if sys.stdout.isatty() else data.decode("latin-1"))
+            self.started = True
+        elif self._to_terminal and interactive(sys.stdout):
+            sys.stdout.write(visible(data))
             sys.stdout.flush()
+        elif self._to_terminal:
+            stdout = click.get_binary_stream("stdout")
+            stdout.write(data)
+            stdout.flush()
 
     def write_screen(self, lines: tuple[str, ...]) -> None:
         """Write the text screen where it was asked for."""
@@ -61,12 +72,15 @@ class Outputs:
         if self._screen is not None:
             self._screen.write(text.encode())
         elif self.screen_wanted and not self._as_json:
-            sys.stdout.write(text)
+            click.echo("\n".join(map(printable, text.split("\n"))), nl=False)
 
     def close(self) -> None:
-        """Close the files."""
-        for file in self._files:
+        """Close the files; when no guest ran, take them away again."""
+        for path, file in self._files:
             file.close()
+            if not self.started:
+                with suppress(OSError):
+                    path.unlink(missing_ok=True)
         self._files.clear()
 
     def __enter__(self) -> Self:

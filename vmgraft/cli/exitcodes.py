@@ -8,6 +8,8 @@ OK: Final = 0
 INTERNAL: Final = 1
 USAGE: Final = 2
 INTERRUPTED: Final = 130
+#: The reader of stdout went away: what a shell shows for a program that SIGPIPE (13) ended.
+BROKEN_PIPE: Final = 128 + 13
 
 #: ``VmgraftError.code`` → exit code. docs/exit-codes.md explains each for users; a test keeps the two equal.
 EXIT_CODES: Final[dict[str, int]] = {

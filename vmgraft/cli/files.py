@@ -7,24 +7,33 @@ from pathlib import Path
 
 import click
 
-from vmgraft.errors import FileError
+from vmgraft.cli.output import interactive, printable
+from vmgraft.errors import UsageError
+from vmgraft.signing.files import write_new
 
 
-def write_output(path: Path, data: bytes, *, what: str, force: bool = False) -> None:
-    """Write bytes to a file that must not exist (unless ``force``), or to stdout for ``-``.
+def write_output(path: Path, data: bytes, *, what: str) -> None:
+    """Write bytes to a file that must not exist, or to stdout for ``-``.
 
     Raises:
-        FileError: when the file exists or cannot be written.
+        UsageError: stdout is a terminal, and the bytes are not plain text: they could drive it.
+        FileError: when the file exists or cannot be written; nothing is left behind.
     """
     if str(path) == "-":
-        sys.stdout.buffer.write(data)
-        sys.stdout.buffer.flush()
+        if interactive(sys.stdout) and not _plain(data):
+            raise UsageError(f"the {what} is not plain text, and stdout is a terminal", hint="write it with -o FILE")
+        stdout = click.get_binary_stream("stdout")
+        stdout.write(data)
+        stdout.flush()
         return
+    write_new(path, data, what=f"the {what}")
+    click.echo(f"{what} written to {printable(str(path))}", err=True)
+
+
+def _plain(data: bytes) -> bool:
+    """Tell whether bytes are UTF-8 text without anything a terminal acts on."""
     try:
-        with path.open("wb" if force else "xb") as file:
-            file.write(data)
-    except FileExistsError as error:
-        raise FileError(f"the {what} file exists already", file=path, hint="name a new file") from error
-    except OSError as error:
-        raise FileError(f"cannot write the {what}: {error.strerror}", file=path) from error
-    click.echo(f"{what} written to {path}", err=True)
+        text = data.decode("utf-8")
+    except UnicodeDecodeError:
+        return False
+    return all(character.isprintable() or character in "\n\t" for character in text)

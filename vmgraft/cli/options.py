@@ -43,9 +43,27 @@ def quiet_option(function: F) -> F:
     return click.option("-q", "--quiet", is_flag=True, help="No progress bar.")(function)
 
 
+def flat_digest_option(function: F) -> F:
+    """``--flat-digest``: whether the flat SHA-256 is computed beside the content tree."""
+    return click.option(
+        "--flat-digest", type=click.Choice(["auto", "always", "never"]), default="auto", show_default=True,
+        help="Compute the flat SHA-256 too; auto: up to 16 GiB.",
+    )(function)  # fmt: skip
+
+
+def cpu_option(function: F) -> F:
+    """``--cpu``: what executes the guest's instructions."""
+    return click.option(
+        "--cpu", type=click.Choice(["auto", "kvm", "soft"]), default="auto", show_default=True,
+        help="CPU engine; auto: /dev/kvm where it works, else the soft CPU.",
+    )(function)  # fmt: skip
+
+
 def passphrase_options(function: F) -> F:
     """``--passphrase-file`` and ``--passphrase-fd``."""
-    function = click.option("--passphrase-fd", type=int, help="Read the passphrase from this descriptor.")(function)
+    function = click.option(
+        "--passphrase-fd", type=click.IntRange(0, (1 << 31) - 1), help="Read the passphrase from this open descriptor."
+    )(function)
     return click.option("--passphrase-file", type=FILE, help="Read the passphrase from the first line of this file.")(
         function
     )

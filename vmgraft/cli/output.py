@@ -6,7 +6,7 @@ import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 import click
 
@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 
 def emit_json(document: dict[str, Any]) -> None:
     """Print one JSON object on stdout."""
-    click.echo(json.dumps(document, indent=2, ensure_ascii=False))
+    # ASCII only: what a file claims cannot drive a terminal, and any file name can be printed.
+    click.echo(json.dumps(document, indent=2))
 
 
 def emit_ok(document: dict[str, Any]) -> None:
@@ -43,21 +44,27 @@ def report_error(error: VmgraftError, as_json: bool) -> int:
 def report_interrupt(as_json: bool) -> int:
     """Report Ctrl-C."""
     if as_json:
-        emit_json({"ok": False, "exitCode": INTERRUPTED, "error": {"code": "interrupted", "message": "interrupted"}})
+        error = {**VmgraftError("interrupted").to_dict(), "code": "interrupted"}
+        emit_json({"ok": False, "exitCode": INTERRUPTED, "error": error})
     else:
         click.echo("interrupted", err=True)
     return INTERRUPTED
 
 
 def printable(text: str) -> str:
-    """Make text from an untrusted file safe for a terminal: control characters become visible escapes."""
-    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
+    """Make untrusted text safe for one line of a terminal: control characters become visible escapes."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def interactive(stream: TextIO | None) -> bool:
+    """Tell whether a standard stream is a terminal; one that was closed before the start is none."""
+    return stream is not None and stream.isatty()
 
 
 @contextmanager
 def progress_bar(label: str, *, quiet: bool = False) -> Iterator[Progress | None]:
     """Yield a progress callback drawing a bar on stderr, or None when stderr is no terminal."""
-    if quiet or not sys.stderr.isatty():
+    if quiet or not interactive(sys.stderr):
         yield None
         return
     from rich.console import Console

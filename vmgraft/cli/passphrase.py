@@ -7,13 +7,14 @@ from pathlib import Path
 
 import click
 
+from vmgraft.cli.output import interactive
 from vmgraft.errors import UsageError
 from vmgraft.signing.keyfiles import PassphraseSource
 
 
 def existing_passphrase(file: Path | None, fd: int | None) -> PassphraseSource:
     """Return the source for a key that exists: file, descriptor, environment, then a prompt on a terminal."""
-    return PassphraseSource(file=file, fd=fd, prompt=_ask if sys.stdin.isatty() else None)
+    return PassphraseSource(file=file, fd=fd, prompt=_ask if interactive(sys.stdin) else None)
 
 
 def new_passphrase(file: Path | None, fd: int | None) -> bytes:
@@ -22,7 +23,7 @@ def new_passphrase(file: Path | None, fd: int | None) -> bytes:
     Raises:
         UsageError: when there is no passphrase and no terminal to ask on.
     """
-    prompt = _ask_twice if sys.stdin.isatty() else None
+    prompt = _ask_twice if interactive(sys.stdin) else None
     passphrase = PassphraseSource(file=file, fd=fd, prompt=prompt).get("New passphrase")
     if passphrase is None:
         raise UsageError(

@@ -12,6 +12,7 @@ from vmgraft.cli.console import Outputs
 from vmgraft.cli.exitcodes import exit_code
 from vmgraft.cli.output import emit_json, printable
 from vmgraft.cli.views import show_report, verdict_document
+from vmgraft.errors import VmgraftError
 from vmgraft.vmmhost.core.machine import MachineResult
 from vmgraft.vmmhost.launch import RunReport
 
@@ -20,9 +21,10 @@ def finish_run(report: RunReport, image: Path, outputs: Outputs, *, as_json: boo
     """Print what happened and return the exit code."""
     code = exit_code(report.error)
     if report.result is not None:
+        outputs.started = True
         outputs.write_screen(report.result.screen)
     if as_json:
-        emit_json(run_document(report, code))
+        emit_json(run_document(report, image, code))
         return code
     if report.plan is None:
         show_report(report.verification, image)
@@ -33,9 +35,9 @@ def finish_run(report: RunReport, image: Path, outputs: Outputs, *, as_json: boo
     return code
 
 
-def run_document(report: RunReport, code: int) -> dict[str, Any]:
+def run_document(report: RunReport, image: Path, code: int) -> dict[str, Any]:
     """Return the JSON object of ``run``."""
-    document = verdict_document(report.verification)
+    document = verdict_document(report.verification, image)
     document.update(ok=code == 0, exitCode=code, started=report.result is not None, auditHead=report.audit_head)
     if report.plan is not None:
         document["plan"] = {**report.plan.to_dict(), "planSha256": report.plan.digest}
@@ -57,8 +59,8 @@ def run_document(report: RunReport, code: int) -> dict[str, Any]:
         "serial": result.serial.decode("latin-1"),
     }
     if report.error is not None:
-        document["error"] = {"code": report.error, "message": f"the guest ended: {_why(result)}", "file": None,
-                             "offset": None, "field": None, "hint": None}  # fmt: skip
+        error = VmgraftError(f"the guest ended: {_why(result)}", file=image)
+        document["error"] = {**error.to_dict(), "code": report.error}
     return document
 
 

@@ -9,8 +9,8 @@ import click
 
 from vmgraft.cli.exitcodes import exit_code
 from vmgraft.cli.output import human_size, printable
-from vmgraft.signing.contract import Check, Report, Status
-from vmgraft.signing.report import report_document
+from vmgraft.signing.contract import Report, Status
+from vmgraft.signing.report import deciding_check, report_document
 
 _MARKS: Final = {Status.PASS: ("ok", "green"), Status.FAIL: ("FAIL", "red"), Status.WARN: ("warn", "yellow"),
                  Status.SKIP: ("skip", "bright_black")}  # fmt: skip
@@ -18,19 +18,9 @@ _MARKS: Final = {Status.PASS: ("ok", "green"), Status.FAIL: ("FAIL", "red"), Sta
 UNVERIFIED: Final = "?"
 
 
-def verdict_document(report: Report) -> dict[str, Any]:
-    """Return the JSON object of ``verify`` and of ``run``: the report, ``exitCode``, and the deciding failure."""
-    document = {"ok": report.ok, "exitCode": exit_code(report.error), **report_document(report)}
-    failed = deciding_check(report)
-    if failed is not None:
-        document["error"] = {"code": report.error, "message": failed.detail, "file": None, "offset": None,
-                             "field": failed.name, "hint": failed.hint}  # fmt: skip
-    return document
-
-
-def deciding_check(report: Report) -> Check | None:
-    """Return the failed check that gave the exit code."""
-    return next((c for c in report.checks if c.status is Status.FAIL and c.error == report.error), None)
+def verdict_document(report: Report, image: Path) -> dict[str, Any]:
+    """Return the JSON object of ``verify`` and of ``run``, as schema ``report`` describes it."""
+    return {"ok": report.ok, "exitCode": exit_code(report.error), "image": str(image), **report_document(report)}
 
 
 def show_report(report: Report, image: Path) -> None:
@@ -42,9 +32,10 @@ def show_report(report: Report, image: Path) -> None:
         click.echo(f"{click.style('warn', fg='yellow')}  {printable(warning)}")
     if report.ok:
         names = ", ".join(f"{item.id} {item.version}" for item in report.extensions) or "no extension"
-        click.echo(f"{click.style('trusted', fg='green', bold=True)}  {image}: {names} (policy {report.policy})")
+        good = click.style("trusted", fg="green", bold=True)
+        click.echo(f"{good}  {printable(str(image))}: {names} (policy {report.policy})")
         return
-    click.echo(f"{click.style('refused', fg='red', bold=True)}  {image}: {report.error}")
+    click.echo(f"{click.style('refused', fg='red', bold=True)}  {printable(str(image))}: {report.error}")
     failed = deciding_check(report)
     if failed is not None and failed.hint:
         click.echo(f"{click.style('hint:', fg='cyan')} {printable(failed.hint)}", err=True)
@@ -61,7 +52,7 @@ def show_list(listing: dict[str, Any]) -> None:
 def show_inspection(report: dict[str, Any]) -> None:
     """Print the tree of ``inspect``: measured facts plain, claims with a question mark."""
     image, graft, claims = report["image"], report["graft"], report["unverified"]
-    click.echo(click.style(image["path"], bold=True))
+    click.echo(click.style(printable(image["path"]), bold=True))
     click.echo(f"├─ format {image['format']}, guest size {image['virtualSize']} ({human_size(image['virtualSize'])}), "
                f"file size {image['fileSize']}")  # fmt: skip
     for item in image["backingChain"]:
@@ -101,5 +92,5 @@ def _leaf(label: str, item: Any, indent: str) -> None:
 
 def _text(value: Any) -> str:
     """Return untrusted text for one line of a terminal, cut to a sane length."""
-    text = printable(str(value)).replace("\n", "\\n")
+    text = printable(str(value))
     return text if len(text) <= 160 else text[:157] + "..."

@@ -289,6 +289,8 @@ def detach_image(path: str | Path, *, root: str | Path | None = None) -> None:
     with open_image(path, root=root, writable=True) as image:
         located = image.locate()
         if located.state is GraftState.NONE:
+            if image.recovered:
+                return  # an interrupted detach was just brought to its end
             raise NoGraftError("the image carries no graft", file=image.path)
         image.detach(_find_undo(image, located))
 

@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
-from vmgraft.errors import FileError
+from vmgraft.errors import FileError, UsageError
 from vmgraft.inspect.extract import extract_part
 from vmgraft.signing.dsse import parse_envelope
 from vmgraft.signing.export import export_bundle, export_openssl
+from vmgraft.signing.files import write_new
 from vmgraft.signing.keyfiles import load_public
 
 FORMATS: Final = ("bundle", "openssl")
@@ -32,26 +33,34 @@ def export_image(
 
     Raises:
         NoGraftError: the image carries none.
+        UsageError: no such format, or keys with a format that holds none.
         FileError: a file exists or cannot be written.
     """
-
+    if form not in FORMATS:
+        raise UsageError(f"no export format {form!r}", field="format", hint="one of " + ", ".join(FORMATS))
+    if form != "openssl" and publics:
+        raise UsageError("public keys go with the format openssl only", field="key", hint="leave out --key")
     envelope = parse_envelope(extract_part(path, "envelope", root=root), file=path)
     if form == "openssl":
         files = export_openssl(envelope, [load_public(public) for public in publics])
     else:
         files = export_bundle(envelope)
-    return [_write(output, name, data) for name, data in files]
+    return _write_all(output, files)
 
 
-def _write(folder: Path, name: str, data: bytes) -> Path:
-    """Write one new file; scripts become executable."""
-    path = folder / name
+def _write_all(folder: Path, files: Sequence[tuple[str, bytes]]) -> list[Path]:
+    """Write new files, all of them or none; scripts become executable."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with path.open("xb") as file:
-            file.write(data)
-        if name.endswith(".sh"):
-            path.chmod(0o755)
     except OSError as error:
-        raise FileError(f"cannot write: {error.strerror}", file=path) from error
-    return path
+        raise FileError(f"cannot make the folder: {error.strerror}", file=folder, hint="name another") from error
+    written: list[Path] = []
+    try:
+        for name, data in files:
+            write_new(folder / name, data, what="the export", mode=0o777 if name.endswith(".sh") else 0o666)
+            written.append(folder / name)
+    except BaseException:
+        for path in written:
+            path.unlink(missing_ok=True)
+        raise
+    return written

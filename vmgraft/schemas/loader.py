@@ -49,7 +49,7 @@ def _pattern(_v: Any, expression: str, value: Any, schema: Mapping[str, Any]) ->
 
 def _unique(_v: Any, wanted: bool, value: Any, schema: Mapping[str, Any]) -> Iterator[ValidationError]:
     if wanted and isinstance(value, list) and len(value) <= schema.get("maxItems", len(value)):
-        seen = {json.dumps(item, sort_keys=True) for item in value}
+        seen = {json.dumps(item, sort_keys=True, default=repr) for item in value}  # TOML has dates
         if len(seen) != len(value):
             yield ValidationError("an item stands twice in the list")
 

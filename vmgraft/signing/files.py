@@ -1,4 +1,4 @@
-"""Reads small files that decide over trust: regular files only, bounded, and on request not through a symbolic link."""
+"""Small files: read as regular files only, bounded, on request not through a link; written whole and never over another."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import os
 import stat
 from pathlib import Path
 
-from vmgraft.errors import VmgraftError
+from vmgraft.errors import FileError, VmgraftError
 
 
 def read_regular(path: Path, limit: int, *, what: str, error: type[VmgraftError], follow: bool = True) -> bytes:
@@ -27,7 +27,7 @@ def read_regular(path: Path, limit: int, *, what: str, error: type[VmgraftError]
         fd = os.open(path, flags)
     except OSError as exc:
         if not follow and path.is_symlink():
-            raise error(f"{what} must not be a symbolic link", file=path) from exc
+            raise error(f"{what} must not be a symbolic link", file=path, hint="name the file itself") from exc
         raise error(f"{what} cannot be read: {exc.strerror}", file=path) from exc
     try:
         if not stat.S_ISREG(os.fstat(fd).st_mode):
@@ -40,3 +40,36 @@ def read_regular(path: Path, limit: int, *, what: str, error: type[VmgraftError]
     finally:
         os.close(fd)
     return data
+
+
+def write_new(path: Path, data: bytes, *, what: str, mode: int = 0o666) -> None:
+    """Write a file that must not exist, and flush it to the disk.
+
+    Args:
+        path: The file.
+        data: Its bytes.
+        what: What to call the file in errors.
+        mode: Permissions, less the umask; in force before the first byte is written.
+
+    Raises:
+        FileError: it exists or cannot be written; nothing is left behind.
+    """
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+    try:
+        fd = os.open(path, flags, mode)
+    except FileExistsError as exc:
+        hint = "nothing is overwritten; choose another name"
+        raise FileError(f"{what} cannot be written: the file exists already", file=path, hint=hint) from exc
+    except OSError as exc:
+        hint = "is it in a folder that exists and that you may write to?"
+        raise FileError(f"{what} cannot be written: {exc.strerror}", file=path, hint=hint) from exc
+    try:
+        with open(fd, "wb") as stream:
+            stream.write(data)
+            stream.flush()
+            os.fsync(fd)
+    except BaseException as exc:
+        path.unlink(missing_ok=True)
+        if isinstance(exc, OSError):
+            raise FileError(f"{what} cannot be written: {exc.strerror}", file=path, hint="is there room?") from exc
+        raise

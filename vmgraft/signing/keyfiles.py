@@ -11,7 +11,7 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 from vmgraft.errors import FileError, UnsupportedError, UsageError
-from vmgraft.signing.files import read_regular
+from vmgraft.signing.files import read_regular, write_new
 from vmgraft.signing.keys import MAX_PEM, PrivateKey, PublicKey, is_encrypted, private_from_pem, public_from_pem
 
 #: Environment variable looked at when neither a passphrase file nor a descriptor was named.
@@ -155,27 +155,10 @@ def write_keypair(prefix: str | PathLike[str], key: PrivateKey, passphrase: byte
         FileError: a file exists or cannot be written; nothing is left behind.
     """
     private, public = Path(f"{os.fspath(prefix)}.key"), Path(f"{os.fspath(prefix)}.pub")
-    _create(private, key.pem(passphrase), 0o600)
+    write_new(private, key.pem(passphrase), what="the key", mode=0o600)
     try:
-        _create(public, key.public.pem, 0o644)
-    except FileError:
+        write_new(public, key.public.pem, what="the key", mode=0o644)
+    except BaseException:
         private.unlink()
         raise
     return private, public
-
-
-def _create(path: Path, data: bytes, mode: int) -> None:
-    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-    try:
-        fd = os.open(path, flags, mode)
-    except OSError as exc:
-        hint = "keys are never overwritten; choose another name" if isinstance(exc, FileExistsError) else None
-        raise FileError(f"the key cannot be written: {exc.strerror}", file=path, hint=hint) from exc
-    try:
-        with open(fd, "wb") as stream:
-            stream.write(data)
-            stream.flush()
-            os.fsync(fd)
-    except OSError as exc:
-        path.unlink(missing_ok=True)
-        raise FileError(f"the key cannot be written: {exc.strerror}", file=path) from exc

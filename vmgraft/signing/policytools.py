@@ -61,11 +61,15 @@ def init_policy(
         expires: When the policy file ends.
 
     Raises:
-        UsageError: no key was given.
+        UsageError: no key was given, or the same extension twice.
         PolicyError: the parts do not make a valid policy.
     """
     if not keys:
         raise UsageError("a policy needs at least one key to trust")
+    ids = [manifest.id for manifest in grants]
+    twice = next((item for item in ids if ids.count(item) > 1), None)
+    if twice is not None:
+        raise UsageError(f"two manifests of {twice}: which of them is granted?", field="grants", hint="name one folder")
     entry: dict[str, Any] = {
         "name": name,
         "imageScopes": list(image_scopes),

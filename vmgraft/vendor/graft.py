@@ -14,16 +14,16 @@ from typing import TYPE_CHECKING
 from vmgraft import __version__
 from vmgraft.errors import FileError, UsageError, VerificationError, VmgraftError
 from vmgraft.imagefmt.contract import ContentDigest, GraftState, Located, Placement, Progress
-from vmgraft.imagefmt.copy import copy_file
 from vmgraft.imagefmt.graft import attach_sections, detach_image, open_graft, open_image
 from vmgraft.imagefmt.record import Section, SectionKind
-from vmgraft.imagefmt.sidecar import sidecar_path
 from vmgraft.imagefmt.tree import digest_content
 from vmgraft.signing.dsse import PAYLOAD_TYPE, Envelope, Signature, pae, serialise
 from vmgraft.signing.manifest import parse_manifest
+from vmgraft.signing.report import deciding_check
 from vmgraft.signing.statement import build_statement
 from vmgraft.signing.verify import self_check
 from vmgraft.vendor.pack import Package
+from vmgraft.vendor.workcopy import work_copy
 
 if TYPE_CHECKING:
     from vmgraft.imagefmt.tree import FlatMode
@@ -82,27 +82,22 @@ def attach(
         NoRoomError: the record does not fit at that placement.
         VmgraftError: see the formats; whatever fails, the image is as it was.
     """
-
-    if not packages or not keys:
-        raise UsageError("attach needs at least one extension and one key")
+    now = datetime.now(UTC)
+    _preflight(packages, keys, options, now)
     with _target(image, options) as target:
         content, sector_size = _digest(target, options, progress)
         statement = build_statement(
             content if options.binding == "image" else None,
             [(package.manifest, package.module) for package in packages],
-            created=datetime.now(UTC),
+            created=now,
             expires=options.expires,
             binding=options.binding,
             sector_size=sector_size,
         )
-        envelope = _sign(statement, keys)
-        located = _write(target, packages, envelope, content, options)
-        try:
+        located = _write(target, packages, _sign(statement, keys), content, options)
+        with _taken_back_on_failure(target, options):
             _verify_written(target, keys, options)
-        except VmgraftError:
-            detach(target, root=options.root)
-            raise
-    return Attached(target, located, _sha256(statement), content, tuple(key.keyid for key in keys))
+    return Attached(options.output or image, located, _sha256(statement), content, tuple(key.keyid for key in keys))
 
 
 def detach(image: Path, *, output: Path | None = None, root: Path | None = None) -> Path:
@@ -116,13 +111,13 @@ def detach(image: Path, *, output: Path | None = None, root: Path | None = None)
     Raises:
         NoGraftError: there is none.
         GraftFormatError: the record is damaged, so the way back is not known.
+        FileError: the output's name is taken, or a file cannot be read or written.
     """
-
     if output is None:
         detach_image(image, root=root)
         return image
-    with _copy(image, output):
-        detach_image(output, root=root)
+    with work_copy(image, output) as work:
+        detach_image(work, root=root)
     return output
 
 
@@ -132,7 +127,6 @@ def check_detach_ids(image: Path, ids: Sequence[str], *, root: Path | None = Non
     Raises:
         UsageError: when the ids are not exactly those of the image.
     """
-
     with open_image(image, root=root) as opened:
         carried = {parse_manifest(data, file=image).id for data in open_graft(opened).manifests()}
     if set(ids) != carried:
@@ -143,6 +137,22 @@ def check_detach_ids(image: Path, ids: Sequence[str], *, root: Path | None = Non
         )
 
 
+def _preflight(packages: Sequence[Package], keys: Sequence[PrivateKey], options: AttachOptions, now: datetime) -> None:
+    """Refuse what can never be signed, before any long work is done."""
+    if not packages or not keys:
+        raise UsageError("attach needs at least one extension and one key")
+    ids = [package.id for package in packages]
+    twice = next((item for item in ids if ids.count(item) > 1), None)
+    if twice is not None:
+        raise UsageError(f"the extension {twice} is given twice", field="extensions", hint="an id stands for one")
+    if len({key.keyid for key in keys}) != len(keys):
+        raise UsageError("the same key is given twice", field="key", hint="name each key once")
+    if options.expires is not None and options.expires <= now:
+        raise UsageError("the end of validity lies in the past", field="expires", hint="name a later time, in UTC")
+    parts = [(package.manifest, package.module) for package in packages]
+    build_statement(None, parts, created=now, expires=options.expires, binding="any")
+
+
 @contextmanager
 def _target(image: Path, options: AttachOptions) -> Iterator[Path]:
     """Yield the file to graft: the image itself, or a fresh copy that goes away when something fails."""
@@ -150,16 +160,38 @@ def _target(image: Path, options: AttachOptions) -> Iterator[Path]:
     if options.output is None:
         yield image
         return
-    with _copy(image, options.output):
-        yield options.output
+    with work_copy(image, options.output) as work:
+        yield work
+
+
+@contextmanager
+def _taken_back_on_failure(target: Path, options: AttachOptions) -> Iterator[None]:
+    """Take the graft away again when the block fails, Ctrl-C included; a copy goes away as a whole anyway."""
+    try:
+        yield
+    except BaseException as error:
+        if options.output is None:
+            _take_back(target, options, error)
+        raise
+
+
+def _take_back(target: Path, options: AttachOptions, error: BaseException) -> None:
+    try:
+        detach_image(target, root=options.root)
+    except VmgraftError as second:
+        first = str(error) or type(error).__name__
+        raise FileError(
+            f"{first}; and the graft could not be taken away again: {second.message}",
+            file=target,
+            hint=f"run `vmgraft detach` on it{'; ' + second.hint if second.hint else ''}",
+        ) from error
 
 
 def _refuse_grafted(image: Path, options: AttachOptions) -> None:
-    """Refuse an image that carries a graft before any long work is done."""
-
+    """Refuse an image that carries a graft before any long work is done; the leavings of one are written over."""
     with open_image(image, root=options.root) as opened:
         state = opened.locate().state
-    if state is not GraftState.NONE:
+    if state not in (GraftState.NONE, GraftState.ORPHANED):
         raise UsageError(
             f"the image carries a graft already (state: {state.value})",
             file=image,
@@ -167,38 +199,15 @@ def _refuse_grafted(image: Path, options: AttachOptions) -> None:
         )
 
 
-@contextmanager
-def _copy(image: Path, output: Path) -> Iterator[None]:
-    """Copy an image (and its sidecar) to a new file; take the copy away again on failure."""
-
-    if output.exists() or output.is_symlink():
-        raise FileError("the output file exists already", file=output, hint="name a new file")
-    pairs = [(image, output)]
-    if sidecar_path(image).exists():
-        pairs.append((sidecar_path(image), sidecar_path(output)))
-    try:
-        for source, destination in pairs:
-            copy_file(source, destination)
-        yield
-    except BaseException:
-        output.unlink(missing_ok=True)
-        sidecar_path(output).unlink(missing_ok=True)
-        raise
-
-
 def _digest(path: Path, options: AttachOptions, progress: Progress | None) -> tuple[ContentDigest, int]:
     """Read the guest content once; return its digests and the size of a sector."""
-
     with open_image(path, root=options.root) as image:
         return digest_content(image, flat=options.flat, progress=progress), image.sector_size
 
 
 def _sign(statement: bytes, keys: Sequence[PrivateKey]) -> bytes:
     """Return the envelope, one signature a key."""
-
     message = pae(PAYLOAD_TYPE, statement)
-    if len({key.keyid for key in keys}) != len(keys):
-        raise UsageError("the same key is given twice", field="key")
     return serialise(Envelope(statement, tuple(Signature(key.keyid, key.sign(message)) for key in keys)))
 
 
@@ -206,7 +215,6 @@ def _write(
     path: Path, packages: Sequence[Package], envelope: bytes, content: ContentDigest, options: AttachOptions
 ) -> Located:
     """Lay out the sections and attach them."""
-
     sections = [Section(SectionKind.ENVELOPE, envelope, compress=True)]
     for package in packages:
         sections.append(Section(SectionKind.MANIFEST, package.manifest, compress=True))
@@ -225,13 +233,13 @@ def _verify_written(path: Path, keys: Sequence[PrivateKey], options: AttachOptio
     Raises:
         VerificationError: when what was written is not what was signed (a bug, or the file changed meanwhile).
     """
-
     with open_image(path, root=options.root) as image:
         report = self_check(open_graft(image), [key.public for key in keys], now=datetime.now(UTC))
     if not report.ok:
-        failed = next(check for check in report.checks if check.error == report.error)
+        failed = deciding_check(report)
+        why = "a check was not made" if failed is None else f"{failed.name}: {failed.detail}"
         raise VerificationError(
-            f"what was written does not verify ({failed.name}: {failed.detail}); the graft was taken away again",
+            f"what was written does not verify ({why}); the graft was taken away again",
             file=path,
             hint="was the image in use while it was grafted?",
         )
@@ -239,5 +247,4 @@ def _verify_written(path: Path, keys: Sequence[PrivateKey], options: AttachOptio
 
 def _sha256(data: bytes) -> str:
     """Return the lowercase hexadecimal SHA-256."""
-
     return hashlib.sha256(data).hexdigest()

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import stat
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +9,7 @@ from typing import Any, Final
 
 from vmgraft.errors import FileError, UsageError
 from vmgraft.schemas import validate
+from vmgraft.signing.files import read_regular
 from vmgraft.signing.manifest import canonical_manifest
 
 MANIFEST_NAME: Final = "manifest.toml"
@@ -37,9 +36,8 @@ def load_package(folder: Path) -> Package:
         UsageError: the folder is no extension, or its manifest is not valid.
         FileError: a file cannot be read or is too large.
     """
-
     path = folder / MANIFEST_NAME
-    if not path.is_file():
+    if not path.exists():
         raise UsageError(
             f"no {MANIFEST_NAME} in this folder", file=folder, hint="`vmgraft new DIR` starts an extension"
         )
@@ -47,33 +45,31 @@ def load_package(folder: Path) -> Package:
     validate("manifest", document, file=path, error=UsageError)
     module = None
     if "module" in document:
-        module = _read(folder / document["module"], MAX_MODULE)
-        _check_module(module, folder / document["module"])
+        module_path = folder / document["module"]
+        if not module_path.exists():
+            raise FileError("the module is not there", file=module_path, field="module", hint="run `make` there")
+        module = _read(module_path, MAX_MODULE, what="the module")
+        _check_module(module, module_path)
     return Package(document["id"], document["version"], canonical_manifest(document), module)
 
 
 def _parse_toml(path: Path) -> dict[str, Any]:
     """Parse the manifest file."""
     try:
-        return tomllib.loads(_read(path, MAX_MANIFEST).decode("utf-8"))
+        return tomllib.loads(_read(path, MAX_MANIFEST, what="the manifest").decode("utf-8"))
     except UnicodeDecodeError as error:
         raise UsageError("not UTF-8 text", file=path, offset=error.start) from error
-    except tomllib.TOMLDecodeError as error:
-        raise UsageError(f"not valid TOML: {error}", file=path) from error
+    except RecursionError as error:
+        raise UsageError("not a manifest: nested too deep", file=path) from error
+    except ValueError as error:  # TOMLDecodeError, and what Python's int and date types refuse
+        raise UsageError(f"not valid TOML: {error}", file=path, hint="see docs/extensions.md") from error
 
 
-def _read(path: Path, limit: int) -> bytes:
-    """Read a regular file of at most ``limit`` bytes; the manifest may not lead out of its folder by a link."""
-    try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
-    except OSError as error:
-        raise FileError(f"cannot read: {error.strerror}", file=path) from error
-    with os.fdopen(fd, "rb") as file:
-        if not stat.S_ISREG(os.fstat(fd).st_mode):
-            raise FileError("not a regular file", file=path)
-        data = file.read(limit + 1)
+def _read(path: Path, limit: int, *, what: str) -> bytes:
+    """Read a regular file of at most ``limit`` bytes; nothing may lead out of the folder by a link."""
+    data = read_regular(path, limit, what=what, error=FileError, follow=False)
     if len(data) > limit:
-        raise FileError(f"larger than {limit} bytes", file=path)
+        raise FileError(f"{what} is larger than {limit} bytes", file=path)
     return data
 
 

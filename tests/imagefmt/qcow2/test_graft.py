@@ -302,6 +302,21 @@ def test_attach_over_an_orphan(tmp_path: Path) -> None:
         assert image.locate().state is GraftState.NONE
 
 
+def test_a_sidecar_that_nothing_points_to(tmp_path: Path) -> None:
+    path = pattern(make(tmp_path / "x.qcow2"))
+    before = path.read_bytes()
+    located = attach(path, placement=Placement.SIDECAR)
+    path.write_bytes(before)  # a copy was put back, or qemu-img wrote the image anew
+    with open_qcow2(path, writable=True) as image:
+        found = image.locate()
+        assert found.state is GraftState.ORPHANED
+        assert found.record == located.record
+        image.detach(undo_of(image))
+        assert image.locate().state is GraftState.NONE
+    assert not sidecar_path(path).exists()
+    assert path.read_bytes() == before
+
+
 def test_an_orphan_with_a_damaged_record_says_so(tmp_path: Path) -> None:
     path = make(tmp_path / "x.qcow2")
     located = attach(path, size=3000)

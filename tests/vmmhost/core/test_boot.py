@@ -177,7 +177,7 @@ def image_of(content):
 @pytest.mark.parametrize("source", [BootSource.AUTO, BootSource.DISK])
 def test_grub_rescue_on_soft(run_guest, image_of, source):
     image = image_of(GRUB / "grub-rescue-cdrom.iso")
-    result = run_guest(Engine.SOFT, image, boot=source, until="GNU GRUB", memory_mib=64)
+    result = run_guest(Engine.SOFT, image, boot=source, until="GNU GRUB  version", memory_mib=64)
     assert result.reason is EndReason.UNTIL, result.detail
     assert any("GNU GRUB  version" in line for line in result.screen)
     assert result.wall_seconds < 15

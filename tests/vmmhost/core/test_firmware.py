@@ -235,6 +235,13 @@ def test_boot_again_is_a_reset_and_int_18_the_end():
     assert bench.firmware.unknown == {}
 
 
+def test_guest_cannot_fill_the_host_with_keys():
+    bench = Bench(keys="x")
+    results = [bench.call(0x16, rax=0x0500, rcx=0x1E61)[0] & 0xFF for _ in range(40)]
+    assert results == [0] * 15 + [1] * 25
+    assert [bench.call(0x16, rax=0)[0] for _ in range(2)] == [0x2D78, 0x1E61]
+
+
 def test_unknown_calls_are_counted():
     bench = Bench()
     assert bench.call(0x15, rax=0xD800) == (0x8600, 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import time
 
 import pytest
@@ -170,6 +171,13 @@ def test_a_byte_that_looks_like_hlt_is_not(engine, run_guest):
     assert words(result.serial) == [1_500_000]
 
 
+def test_invalid_instruction_is_the_guests_first(engine, run_guest):
+    result = run_guest(engine, "invalid")
+    assert result.serial == b"12324"
+    assert result.reason is EndReason.ERROR
+    assert "invalid instruction in the guest at 0000:7c" in result.detail
+
+
 def test_triple_fault_is_a_reset(engine, run_guest):
     result = run_guest(engine, "triple")
     if engine is Engine.KVM and result.emulated and result.reason is EndReason.ERROR:
@@ -182,6 +190,28 @@ def test_fault_with_error_code_is_beyond_the_soft_engine(run_guest):
     result = run_guest(Engine.SOFT, "fault")
     assert result.reason is EndReason.ERROR
     assert "exception 13 with an error code at 0x0:0x7c" in result.detail
+
+
+#: Services, port accesses, mode switches, string operations and jumps into the hole, to be strewn into random bytes.
+SPICES = (
+    "cd10 cd13 cd15 cd16 cd1a fb fa e6ba ec ee ed ef 6e f36e 8ed0 8ec0 9d cf cb f4 0f22c0 0f20c0 0f01 cc cd08"
+    " abab f3a4 ea000000d0 e620 e643 e640 e670 ba6405 ba0406"
+)
+
+
+@pytest.mark.parametrize("seed", [3, 14, 27, 133, 160, 220])
+def test_random_code_ends_as_documented(engine, run_guest, content, seed):
+    chance, code = random.Random(seed), bytearray()
+    spices = [bytes.fromhex(spice) for spice in SPICES.split()]
+    while len(code) < 510:
+        code += chance.choice(spices) if chance.random() < 0.5 else chance.randbytes(chance.randint(1, 3))
+    image = content(bytes(code[:510]) + b"\x55\xaa" + bytes(1 << 18))
+    before = bytes(image.data)
+    result = run_guest(engine, image, timeout=0.2, memory_mib=4)
+    assert result.reason in EndReason
+    assert result.detail
+    assert result.wall_seconds < 10
+    assert bytes(image.data) == before
 
 
 @pytest.mark.parametrize("name", ["serial", "screen", "disk", "hole", "rep", "memory", "overlay", "halt"])

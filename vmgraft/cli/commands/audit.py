@@ -6,7 +6,15 @@ from pathlib import Path
 
 import click
 
-from vmgraft.cli.options import FILE, image_argument, json_option, policy_option, quiet_option, root_option
+from vmgraft.cli.options import (
+    FILE,
+    flat_digest_option,
+    image_argument,
+    json_option,
+    policy_option,
+    quiet_option,
+    root_option,
+)
 
 
 @click.command("list", epilog="Example: vmgraft list disk.qcow2")
@@ -47,7 +55,10 @@ def inspect(image: Path, root: Path | None, as_json: bool) -> None:
 @image_argument
 @click.argument("part", type=click.Choice(["statement", "envelope", "manifest", "module", "record"]))
 @click.option("--extension", help="Which extension's manifest or module.")
-@click.option("-o", "--output", type=click.Path(path_type=Path, allow_dash=True), default="-", show_default=True)
+@click.option(
+    "-o", "--output", type=click.Path(path_type=Path, allow_dash=True, dir_okay=False), default="-", show_default=True,
+    help="A new file, or - for stdout.",
+)  # fmt: skip
 @root_option
 def extract(image: Path, part: str, extension: str | None, output: Path, root: Path | None) -> None:
     """Write a part of the graft as it is stored; nothing is verified."""
@@ -59,7 +70,7 @@ def extract(image: Path, part: str, extension: str | None, output: Path, root: P
 
 @click.command(epilog="Example: vmgraft digest disk.qcow2 --json")
 @image_argument
-@click.option("--flat-digest", type=click.Choice(["auto", "always", "never"]), default="auto", show_default=True)
+@flat_digest_option
 @root_option
 @quiet_option
 @json_option
@@ -95,7 +106,7 @@ def digest(image: Path, flat_digest: str, root: Path | None, quiet: bool, as_jso
 def diff(a: Path, b: Path, root: Path | None, quiet: bool, as_json: bool) -> int:
     """Show where the guest contents of A and B differ. Exit 0: identical, 12: different."""
     from vmgraft.cli.exitcodes import exit_code
-    from vmgraft.cli.output import emit_json, human_size, progress_bar
+    from vmgraft.cli.output import emit_json, human_size, printable, progress_bar
     from vmgraft.errors import ContentMismatchError
     from vmgraft.imagefmt.graft import open_image
     from vmgraft.inspect.diff import diff_images
@@ -110,7 +121,7 @@ def diff(a: Path, b: Path, root: Path | None, quiet: bool, as_json: bool) -> int
         emit_json({"ok": not ranges, "exitCode": code, "identical": not ranges, "sizes": list(sizes), "ranges": found})
         return code
     for item in ranges:
-        where = f"  only in {a if item.only_in == 'a' else b}" if item.only_in else ""
+        where = f"  only in {printable(str(a if item.only_in == 'a' else b))}" if item.only_in else ""
         click.echo(f"{item.start:#014x}-{item.end:#014x}  {human_size(item.end - item.start)}{where}")
     total = sum(item.end - item.start for item in ranges)
     click.echo(f"{len(ranges)} ranges, {human_size(total)} differ" if ranges else "identical")
@@ -133,7 +144,7 @@ def verify(image: Path, policy_path: Path, root: Path | None, quiet: bool, as_js
     with progress_bar("verify", quiet=quiet or as_json) as bar:
         report = verify_image(image, policy_path, root=root, progress=bar)
     if as_json:
-        emit_json(verdict_document(report))
+        emit_json(verdict_document(report, image))
     else:
         show_report(report, image)
     return exit_code(report.error)
@@ -141,14 +152,19 @@ def verify(image: Path, policy_path: Path, root: Path | None, quiet: bool, as_js
 
 @click.command(epilog="Example: vmgraft export disk.qcow2 --format openssl --key acme.pub -o check/")
 @image_argument
-@click.option("--format", "form", type=click.Choice(["bundle", "openssl"]), required=True)
+@click.option(
+    "--format", "form", type=click.Choice(["bundle", "openssl"]), required=True,
+    help="Sigstore bundles, or files and a script for OpenSSL.",
+)  # fmt: skip
 @click.option("--key", "publics", type=FILE, multiple=True, help="Public key of a signer (for openssl); repeatable.")
 @click.option("-o", "--output", type=click.Path(path_type=Path, file_okay=False), required=True, help="Folder.")
 @root_option
 @json_option
 def export(image: Path, form: str, publics: tuple[Path, ...], output: Path, root: Path | None, as_json: bool) -> None:
     """Write the signatures in forms that other tools verify: Sigstore bundles, or files for OpenSSL."""
-    from vmgraft.cli.output import emit_ok
+    import shlex
+
+    from vmgraft.cli.output import emit_ok, printable
     from vmgraft.inspect.exports import export_image
 
     files = export_image(image, form, output, publics, root=root)
@@ -156,6 +172,6 @@ def export(image: Path, form: str, publics: tuple[Path, ...], output: Path, root
         emit_ok({"files": [str(path) for path in files]})
         return
     for path in files:
-        click.echo(f"wrote {path}")
+        click.echo(f"wrote {printable(str(path))}")
     if form == "openssl":
-        click.echo(f"check with: sh {output / 'verify.sh'}")
+        click.echo(f"check with: sh {printable(shlex.quote(str(output / 'verify.sh')))}")

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import click
 
-from vmgraft.cli.options import DIRECTORY
+from vmgraft.cli.options import DIRECTORY, cpu_option
 
 
 @click.command(epilog="Example: vmgraft demo --keep ./demo    leaves the images there to play with")
-@click.option("--cpu", type=click.Choice(["auto", "kvm", "soft"]), default="auto", show_default=True)
+@cpu_option
 @click.option("--keep", type=DIRECTORY, help="Work in this new folder and leave everything there.")
 def demo(cpu: str, keep: Path | None) -> None:
     """Show the whole journey: make images, graft, inspect, verify, boot, tamper, detach."""

@@ -22,9 +22,49 @@ def policy() -> None:
     "--grant-all-declared", "folders", type=DIRECTORY, multiple=True,
     help="Grant what the manifest in this extension folder declares; repeatable.",
 )  # fmt: skip
+@click.option("--require", is_flag=True, help="Demand that each extension so granted is there.")
+@click.option(
+    "--binding",
+    type=click.Choice(["image", "any"]),
+    default="image",
+    show_default=True,
+    help="any: accept portable statements too.",
+)
+@click.option(
+    "--image-scope",
+    "images",
+    multiple=True,
+    default=["*"],
+    show_default=True,
+    help="Images it is for: '*', name:GLOB or tree:sha256:HEX; repeatable.",
+)
+@click.option(
+    "--extension-scope",
+    "extensions",
+    multiple=True,
+    default=["*"],
+    show_default=True,
+    help="Extensions it is for: '*', an id, or com.acme.*; repeatable.",
+)
+@click.option(
+    "--expires",
+    type=click.DateTime(["%Y-%m-%dT%H:%M:%SZ", "%Y-%m-%d"]),
+    help="When the policy itself ends, UTC (2027-11-22).",
+)
 @click.option("--name", default="default", show_default=True, help="Name of the policy.")
 @click.option("-o", "--output", type=click.Path(path_type=Path, allow_dash=True), required=True, help="File, or - .")
-def init(publics: tuple[Path, ...], minimum: int, folders: tuple[Path, ...], name: str, output: Path) -> None:
+def init(
+    publics: tuple[Path, ...],
+    minimum: int,
+    folders: tuple[Path, ...],
+    require: bool,
+    binding: str,
+    images: tuple[str, ...],
+    extensions: tuple[str, ...],
+    expires: datetime | None,
+    name: str,
+    output: Path,
+) -> None:
     """Write a policy that trusts some keys and grants no more than what is named."""
     from vmgraft.cli.files import write_output
     from vmgraft.signing.keyfiles import load_public
@@ -37,6 +77,11 @@ def init(publics: tuple[Path, ...], minimum: int, folders: tuple[Path, ...], nam
         [parse_manifest(load_package(folder).manifest) for folder in folders],
         name=name,
         minimum=minimum,
+        image_scopes=images,
+        extension_scopes=extensions,
+        binding=binding,
+        require=require,
+        expires=expires.replace(tzinfo=UTC) if expires else None,
     )
     write_output(output, format_policy(document), what="policy")
 
@@ -46,7 +91,7 @@ def init(publics: tuple[Path, ...], minimum: int, folders: tuple[Path, ...], nam
 @json_option
 def check(path: Path, as_json: bool) -> None:
     """Check a policy: is it valid, and does it say something it can never mean?"""
-    from vmgraft.cli.output import emit_ok
+    from vmgraft.cli.output import emit_ok, printable
     from vmgraft.signing.policy import load_policy
     from vmgraft.signing.policytools import check_policy
 
@@ -55,5 +100,5 @@ def check(path: Path, as_json: bool) -> None:
         emit_ok({"policy": str(path), "findings": findings})
         return
     for finding in findings:
-        click.echo(f"warning: {finding}")
-    click.echo(f"{path}: valid" + (f", {len(findings)} warnings" if findings else ""))
+        click.echo(f"warning: {printable(finding)}")
+    click.echo(f"{printable(str(path))}: valid" + (f", {len(findings)} warnings" if findings else ""))

@@ -2,23 +2,55 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import click
 
-from vmgraft.cli.options import FILE, image_argument, json_option, policy_option, quiet_option, root_option
+from vmgraft.cli.options import (
+    FILE,
+    cpu_option,
+    image_argument,
+    json_option,
+    policy_option,
+    quiet_option,
+    root_option,
+)
 
 OUTPUT = click.Path(path_type=Path, allow_dash=True, dir_okay=False)
+
+
+def _finite(_context: click.Context, _parameter: click.Parameter, value: float | None) -> float | None:
+    """Refuse ``inf`` and ``nan``, which are floats to Python."""
+    if value is not None and not math.isfinite(value):
+        raise click.BadParameter("not a number of seconds.")
+    return value
+
+
+def _not_empty(_context: click.Context, _parameter: click.Parameter, value: str | None) -> str | None:
+    """Refuse a text that every screen shows."""
+    if value == "":
+        raise click.BadParameter("the text is empty.")
+    return value
 
 
 @click.command(epilog='Example: vmgraft run grub.iso --policy policy.json --until "GNU GRUB" --screen -')
 @image_argument
 @policy_option
-@click.option("--cpu", type=click.Choice(["auto", "kvm", "soft"]), default="auto", show_default=True)
-@click.option("--boot", type=click.Choice(["auto", "disk", "cdrom"]), default="auto", show_default=True)
+@cpu_option
+@click.option(
+    "--boot", type=click.Choice(["auto", "disk", "cdrom"]), default="auto", show_default=True,
+    help="Boot as a hard disk or as a CD; auto: what the content looks like.",
+)  # fmt: skip
 @click.option("--memory", type=click.IntRange(2, 3072), default=64, show_default=True, help="Guest RAM in MiB.")
-@click.option("--timeout", type=click.FloatRange(min=0, min_open=True), help="Stop the guest after so many seconds.")
-@click.option("--until", help="Stop when this text appears on screen or serial port; exit 22 if it never does.")
+@click.option(
+    "--timeout", type=click.FloatRange(min=0, min_open=True), callback=_finite,
+    help="Stop the guest after so many seconds.",
+)  # fmt: skip
+@click.option(
+    "--until", callback=_not_empty,
+    help="Stop when this text appears on screen or serial port; exit 22 if it never does.",
+)  # fmt: skip
 @click.option("--keys", default="", help="Text typed into the guest's keyboard.")
 @click.option("--screen", type=OUTPUT, help="Write the text screen as it stands at the end: a new file, or - .")
 @click.option("--serial", type=OUTPUT, help="Write what the guest sends to COM1: a new file, or - (default).")
@@ -75,11 +107,11 @@ def run(
 @json_option
 def check_log(log: Path, head: str | None, as_json: bool) -> None:
     """Check that no line of an audit log was changed, removed, added or moved."""
-    from vmgraft.cli.output import emit_ok
+    from vmgraft.cli.output import emit_ok, printable
     from vmgraft.vmmhost.audit import check_chain
 
     count, last = check_chain(log, head)
     if as_json:
         emit_ok({"records": count, "head": last})
     else:
-        click.echo(f"{log}: {count} records, the chain holds, head {last}")
+        click.echo(f"{printable(str(log))}: {count} records, the chain holds, head {last}")

@@ -10,6 +10,7 @@ import click
 from vmgraft.cli.options import (
     DIRECTORY,
     FILE,
+    flat_digest_option,
     image_argument,
     json_option,
     passphrase_options,
@@ -24,7 +25,9 @@ from vmgraft.cli.options import (
 @json_option
 def new(folder: Path, extension_id: str | None, as_json: bool) -> None:
     """Start an extension: manifest.toml, C source, Makefile, README."""
-    from vmgraft.cli.output import emit_ok
+    import shlex
+
+    from vmgraft.cli.output import emit_ok, printable
     from vmgraft.vendor.scaffold import new_extension
 
     written = new_extension(folder, extension_id)
@@ -32,8 +35,8 @@ def new(folder: Path, extension_id: str | None, as_json: bool) -> None:
         emit_ok({"files": [str(path) for path in written]})
         return
     for path in written:
-        click.echo(f"wrote {path}")
-    click.echo(f"next: make -C {folder}    (needs clang and lld)")
+        click.echo(f"wrote {printable(str(path))}")
+    click.echo(f"next: make -C {printable(shlex.quote(str(folder)))}    (needs clang and lld)")
 
 
 @click.command(epilog="Example: vmgraft attach disk.qcow2 ./clock --key acme.key")
@@ -41,9 +44,15 @@ def new(folder: Path, extension_id: str | None, as_json: bool) -> None:
 @click.argument("extensions", type=DIRECTORY, nargs=-1, required=True)
 @click.option("--key", "keys", multiple=True, required=True, help="Private key, path or file: URI; repeatable.")
 @click.option("-o", "--output", type=FILE, help="Write a grafted copy and leave IMAGE alone.")
-@click.option("--binding", type=click.Choice(["image", "any"]), default="image", show_default=True)
-@click.option("--placement", type=click.Choice(["auto", "inline", "sidecar"]), default="auto", show_default=True)
-@click.option("--flat-digest", type=click.Choice(["auto", "always", "never"]), default="auto", show_default=True)
+@click.option(
+    "--binding", type=click.Choice(["image", "any"]), default="image", show_default=True,
+    help="What is signed: good for this content only, or a portable extension.",
+)  # fmt: skip
+@click.option(
+    "--placement", type=click.Choice(["auto", "inline", "sidecar"]), default="auto", show_default=True,
+    help="In the file itself, or in IMAGE.vmgraft beside it; auto: inline where it fits.",
+)  # fmt: skip
+@flat_digest_option
 @click.option(
     "--expires", type=click.DateTime(["%Y-%m-%dT%H:%M:%SZ", "%Y-%m-%d"]), help="End of validity, UTC (2027-11-22)."
 )
@@ -72,7 +81,7 @@ def attach(
     """
     from datetime import UTC
 
-    from vmgraft.cli.output import emit_ok, human_size, progress_bar
+    from vmgraft.cli.output import emit_ok, human_size, printable, progress_bar
     from vmgraft.cli.passphrase import existing_passphrase
     from vmgraft.imagefmt.contract import Placement
     from vmgraft.signing.keyfiles import load_private
@@ -110,19 +119,20 @@ def attach(
         return
     names = ", ".join(f"{package.id} {package.version}" for package in packages)
     click.echo(f"attached  {names}")
-    click.echo(f"to        {done.path}  ({placed}, record of {human_size(size)})")
+    click.echo(f"to        {printable(str(done.path))}  ({placed}, record of {human_size(size)})")
     for keyid in done.keyids:
         click.echo(f"signed    {keyid}")
     click.echo(f"content   sha256 tree {done.content.tree_digest.hex()}, read back and verified")
-    _raw_recipes(done.path)
+    _raw_recipes(done.path, root)
 
 
-def _raw_recipes(path: Path) -> None:
+def _raw_recipes(path: Path, root: Path | None) -> None:
     """Say how other programs open a raw image without its trailer."""
+    from vmgraft.cli.output import printable
     from vmgraft.imagefmt.contract import Placement
     from vmgraft.imagefmt.graft import open_image
 
-    with open_image(path) as image:
+    with open_image(path, root=root) as image:
         located = image.locate()
         if image.format_name != "raw" or located.locator is None or located.locator.placement is Placement.SIDECAR:
             return
@@ -130,7 +140,7 @@ def _raw_recipes(path: Path) -> None:
 
         click.echo("To hide the trailer from other programs:")
         for name, recipe in recipes(path, located.locator.file_size).items():
-            click.echo(f"  {name:8} {recipe}")
+            click.echo(f"  {name:8} {printable(recipe)}")
 
 
 @click.command(epilog="Example: vmgraft detach disk.qcow2")
@@ -144,7 +154,7 @@ def detach(image: Path, ids: tuple[str, ...], output: Path | None, root: Path | 
 
     IDs, if given, must name all extensions of the image: taking away some of them would need a new signature.
     """
-    from vmgraft.cli.output import emit_ok
+    from vmgraft.cli.output import emit_ok, printable
     from vmgraft.vendor.graft import check_detach_ids
     from vmgraft.vendor.graft import detach as take_away
 
@@ -154,4 +164,4 @@ def detach(image: Path, ids: tuple[str, ...], output: Path | None, root: Path | 
     if as_json:
         emit_ok({"image": str(path)})
         return
-    click.echo(f"detached  {path}")
+    click.echo(f"detached  {printable(str(path))}")

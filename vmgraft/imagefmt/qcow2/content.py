@@ -58,7 +58,7 @@ class Content:
 
     def extents(self) -> Iterator[Extent]:
         """Yield the runs of the whole disk, backing file included, neighbours of one kind joined."""
-        own = (Extent(r.start, r.length, _KINDS[r.kind]) for r in self._map.runs(0, self._size, keep=False))
+        own = (Extent(r.start, r.length, _KINDS[r.kind]) for r in self._map.walk())
         return _joined(own if self.backing is None else _through(own, self.backing))
 
 

@@ -13,7 +13,7 @@ from vmgraft.imagefmt.qcow2 import _layout as lay
 from vmgraft.imagefmt.qcow2.header import Extension, Header
 from vmgraft.imagefmt.qcow2.note import Phase, find_note, parse_spill
 from vmgraft.imagefmt.qcow2.plan import PREFIX_SIZE, RECORD_AT
-from vmgraft.imagefmt.sidecar import locate_sidecar
+from vmgraft.imagefmt.sidecar import locate_sidecar, stray_sidecar
 
 _INTERRUPTED = "an attach or detach was interrupted; the next one cleans up behind it"
 
@@ -31,7 +31,8 @@ def locate(header: Header, image: Path) -> Located:
 
     ``OK``: extension, locator and record agree. ``CUT``, ``OVERWRITTEN``, ``DAMAGED``, ``NO_RECORD``: the extension is
     there, its content is not what it should be. ``ORPHANED``: no extension, but a sound locator stands behind the
-    extensions because a foreign writer dropped ours. ``NONE``: anything else, an interrupted change included.
+    extensions because a foreign writer dropped ours, or a sound sidecar lies beside the image. ``NONE``: anything
+    else, an interrupted change included.
     """
     ext = header.find(lay.EXT_GRAFT)
     if ext is not None:
@@ -40,7 +41,11 @@ def locate(header: Header, image: Path) -> Located:
         return Located(GraftState.NONE, _INTERRUPTED)
     at = find_orphan(header, str(image))
     if at is None:
-        return Located(GraftState.NONE)
+        side = stray_sidecar(image)
+        if side is None:
+            return Located(GraftState.NONE)
+        detail = f"nothing in the image points to the sidecar {side.path.name}"
+        return Located(GraftState.ORPHANED, detail, side.locator, None, side.record)
     locator = parse_locator(header.first_cluster[at : at + LOCATOR_SIZE], file=image, offset=at)
     found = _record(header, locator, at, header.cluster_size, image)
     detail = "a foreign writer dropped the header extension"

@@ -1,12 +1,13 @@
 """Guest offset → host offset: the L1 and L2 tables, decoded in bulk with numpy (a struct layout would take hours).
 
 The map works in *units*: a cluster, or a subcluster where L2 entries are extended. Tables are loaded when needed;
-memory stays within the L1 table (32 MiB at most), a cache of 16 MiB and one batch.
+memory stays within a few copies of the L1 table (32 MiB at most), a cache of 16 MiB, some decoded runs and one batch.
 """
 
 from __future__ import annotations
 
 import threading
+from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -26,6 +27,9 @@ U8 = npt.NDArray[np.uint8]
 
 _CACHE_BYTES = 16 << 20
 _BATCH_UNITS = 1 << 16
+#: Reads decode this many units at once and keep the runs of the last windows: guests read sector by sector.
+_WINDOW_UNITS = 1 << 10
+_WINDOWS = 64
 
 
 class RunKind(IntEnum):
@@ -80,6 +84,7 @@ class ClusterMap:
         self._metadata = self._metadata_starts()
         self._cache: OrderedDict[int, U64] = OrderedDict()
         self._cache_limit = max(2, _CACHE_BYTES // self._cluster)
+        self._windows: OrderedDict[int, tuple[list[int], list[Run]]] = OrderedDict()
         self._lock = threading.Lock()
 
     def _bad(self, field: str, message: str, offset: int | None = None) -> NoReturn:
@@ -262,29 +267,60 @@ class ClusterMap:
         there = np.flatnonzero(self._l1[index:last])
         return min(end, (index + int(there[0])) * per_table) if len(there) else end
 
-    def runs(self, start: int, end: int, *, keep: bool = True) -> Iterator[Run]:
-        """Yield the runs that cover guest bytes ``start`` .. ``end``, clipped to them.
+    def _window(self, index: int, clusters: int) -> tuple[list[int], list[Run]]:
+        """Return the runs of a window of ``clusters`` clusters, and where they start."""
+        with self._lock:
+            if index in self._windows:
+                self._windows.move_to_end(index)
+                return self._windows[index]
+        first = index * clusters
+        count = min(clusters, -(-self._header.size // self._cluster) - first)
+        runs = list(self._batch(first, count, True))
+        window = ([run.start for run in runs], runs)
+        with self._lock:
+            self._windows[index] = window
+            while len(self._windows) > _WINDOWS:
+                self._windows.popitem(last=False)
+        return window
+
+    def runs(self, start: int, end: int) -> Iterator[Run]:
+        """Yield the runs that cover guest bytes ``start`` .. ``end``, clipped to them; for reads.
 
         Args:
             start: First byte.
             end: Just behind the last byte; at most the virtual size.
-            keep: Cache the L2 tables (wanted for reads, not for one walk over everything).
+
+        Raises:
+            MalformedImageError: an entry there or close by points astray.
+        """
+        clusters = max(1, _WINDOW_UNITS // self._per_cluster)
+        size = clusters * self._cluster
+        for index in range(start // size, -(-end // size)):
+            starts, runs = self._window(index, clusters)
+            at = max(0, bisect_right(starts, start) - 1)
+            while at < len(runs) and runs[at].start < end:
+                yield self._clip(runs[at], start, end)
+                at += 1
+
+    def walk(self) -> Iterator[Run]:
+        """Yield the runs of the whole disk, clipped to its size; nothing is cached.
 
         Raises:
             MalformedImageError: an entry points astray.
         """
-        at, stop = start // self._cluster, -(-end // self._cluster)
+        at, stop = 0, -(-self._header.size // self._cluster)
         step = max(1, _BATCH_UNITS // self._per_cluster)
         while at < stop:
             mapped = self._skip_unmapped(at, stop)
             if mapped > at:
-                yield self._clip(Run(at * self._cluster, (mapped - at) * self._cluster, RunKind.HOLE, 0), start, end)
+                hole = Run(at * self._cluster, (mapped - at) * self._cluster, RunKind.HOLE, 0)
+                yield self._clip(hole, 0, self._header.size)
                 at = mapped
                 continue
             count = min(step, stop - at)
-            for run in self._batch(at, count, keep):
-                if run.start + run.length > start and run.start < end:
-                    yield self._clip(run, start, end)
+            for run in self._batch(at, count, False):
+                if run.start < self._header.size:
+                    yield self._clip(run, 0, self._header.size)
             at += count
 
     @staticmethod

@@ -30,7 +30,7 @@ from vmgraft.imagefmt.qcow2.note import (
     with_spill,
 )
 from vmgraft.imagefmt.qcow2.plan import PREFIX_SIZE, RECORD_AT, Plan, free_span
-from vmgraft.imagefmt.sidecar import remove_sidecar, write_sidecar
+from vmgraft.imagefmt.sidecar import remove_sidecar, stray_sidecar, write_sidecar
 
 _NAME_FIELD = lay.FIELD_OFFSET["backing_file_offset"]
 _END_MARK = bytes(lay.EXT_HEADER_SIZE)
@@ -347,7 +347,10 @@ def wipe_orphan(writer: Writer, header: Header) -> None:
     file = str(writer.file)
     at = find_orphan(header, file)
     if at is None:
-        raise NoGraftError("the image carries no graft", file=file)
+        if stray_sidecar(writer.file) is None:
+            raise NoGraftError("the image carries no graft", file=file)
+        remove_sidecar(writer.file)
+        return
     locator = parse_locator(header.first_cluster[at : at + LOCATOR_SIZE], file=file, offset=at)
     inline = locator.placement is Placement.INLINE
     end = min(header.cluster_size, at + LOCATOR_SIZE + (locator.record_size if inline else 0))

@@ -18,8 +18,9 @@ from vmgraft.vmmhost.core.memory import GuestRam
 
 #: A guest loop this long takes microseconds on a native CPU, and about 0.1 s where KVM emulates guest code.
 PROBE_ITERATIONS: Final = 100_000
-#: Above this rate instructions are run by hardware; software does a tenth of it, or less.
-NATIVE_RATE: Final = 200_000_000
+#: Above this rate instructions are run by hardware, even with milliseconds lost on entering the guest for the first
+#: time; emulation inside KVM does a tenth of it, or less.
+NATIVE_RATE: Final = 50_000_000
 #: mov ecx, PROBE_ITERATIONS / dec ecx / jnz back / hlt, 16-bit code.
 _PROBE_CODE: Final = b"\x66\xb9" + struct.pack("<I", PROBE_ITERATIONS) + b"\x66\x49\x75\xfc\xf4"
 _PROBE_AT: Final = 0x1000

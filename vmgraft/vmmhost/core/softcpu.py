@@ -25,7 +25,7 @@ INSTRUCTION_NS: Final = 20
 PIO_NS: Final = 1_000
 INTERRUPT_NS: Final = 50_000
 #: Instructions in a slice, at most and at least.
-SLICE_MAX: Final = 200_000
+SLICE_MAX: Final = 100_000
 SLICE_MIN: Final = 1_000
 _NEVER: Final = 0xFFFFFFF0  # the address Unicorn would stop at; nothing is mapped executable there
 _HLT: Final = 0xF4
@@ -33,12 +33,13 @@ _STI: Final = 0xFB
 _POP_SS: Final = 0x17
 _MOV_SREG: Final = 0x8E
 _INT: Final = 0xCD
+_INVALID_OPCODE: Final = 6
 _EFLAGS_VM: Final = 1 << 17
 _EFER: Final = 0xC0000080
 _READ_EXECUTE: Final = 5
 _READ_WRITE_EXECUTE: Final = 7
 _FOUR_GIB: Final = 1 << 32
-#: HLT addresses watched before the watch list starts anew, and port accesses in a slice.
+#: HLT addresses watched before the watch list starts anew; port accesses and translated blocks in a slice.
 _WATCHED_MAX: Final = 1024
 _ACCESSES_MAX: Final = 4096
 
@@ -111,6 +112,7 @@ class SoftCpu(Cpu):
         uc.hook_add(unicorn.UC_HOOK_INSN, self._in, None, 1, 0, names.UC_X86_INS_IN)
         uc.hook_add(unicorn.UC_HOOK_INTR, self._interrupt)
         uc.hook_add(unicorn.UC_HOOK_MEM_WRITE_PROT, self._rom_write)
+        uc.hook_add(unicorn.UC_HOOK_INSN_INVALID, self._invalid)
         uc.hook_add(unicorn.UC_HOOK_EDGE_GENERATED, self._translated)
 
     def _reset(self) -> None:
@@ -205,6 +207,12 @@ class SoftCpu(Cpu):
     def _interrupt(self, uc: Any, vector: int, _data: Any) -> None:
         self._vector = vector
         uc.emu_stop()
+
+    def _invalid(self, uc: Any, _data: Any) -> bool:
+        """Turn an instruction the engine does not know into the guest's exception."""
+        self._vector = _INVALID_OPCODE
+        uc.emu_stop()
+        return True
 
     # --- the run loop -----------------------------------------------------------------------------------------------
 
@@ -304,8 +312,10 @@ class SoftCpu(Cpu):
         there, and F4 as an instruction is HLT.
         """
         last = block.pc + block.size - 1
+        self._accesses += 1  # translating is slow, and guests that change their own code make it happen all the time
         if last not in self._watched and self._code(last, 1) == bytes((_HLT,)):
             self._to_watch = last
+        if self._to_watch is not None or self._accesses >= _ACCESSES_MAX:
             uc.emu_stop()
 
     def _watch(self, address: int) -> None:

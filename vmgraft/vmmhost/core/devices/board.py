@@ -149,6 +149,8 @@ class Crtc:
         if offset == 6:
             self._status ^= 0x09
             return self._status
+        if offset > 1:
+            return 0xFFFF
         low = self._index if offset == 0 else self._registers[self._index]
         return low | (self._registers[self._index] << 8 if offset == 0 and size > 1 else 0)
 

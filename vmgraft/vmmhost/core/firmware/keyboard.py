@@ -12,6 +12,8 @@ _ROWS: Final = ((0x02, "1234567890-="), (0x10, "qwertyuiop[]"), (0x1E, "asdfghjk
 _SHIFTED: Final = dict(zip('!@#$%^&*()_+{}:"~|<>?', "1234567890-=[];'`\\,./", strict=True))
 _SCAN: Final = {char: first + index for first, row in _ROWS for index, char in enumerate(row)}
 _SPECIAL: Final = {"\n": 0x1C0D, "\r": 0x1C0D, "\t": 0x0F09, "\b": 0x0E08, "\x1b": 0x011B, " ": 0x3920}
+#: How many keys a guest itself may store (INT 16h AH=05h); what the caller typed in advance is not limited.
+BUFFER_KEYS: Final = 16
 #: Keys without a character, for callers that name them.
 NAMED_KEYS: Final = {
     "up": 0x4800,
@@ -60,8 +62,10 @@ class Keyboard:
         elif function in (0x02, 0x12):
             call.al = call.ram.get(BiosData.KEYBOARD_FLAGS, 1)
         elif function == 0x05:
-            self.press(call.cx)
-            call.al = 0
+            full = len(self._queue) >= BUFFER_KEYS
+            if not full:
+                self.press(call.cx)
+            call.al = int(full)
         elif function != 0x03:
             return False
         return True

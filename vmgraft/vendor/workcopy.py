@@ -1,0 +1,81 @@
+"""``-o``: work on a copy that gets its name, and its sidecar's, only when everything went well."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from vmgraft.errors import FileError, VmgraftError
+from vmgraft.imagefmt.copy import copy_file
+from vmgraft.imagefmt.sidecar import sidecar_path
+
+
+@contextmanager
+def work_copy(image: Path, output: Path) -> Iterator[Path]:
+    """Yield a copy of an image, and of its sidecar, under a temporary name in the output's folder.
+
+    When the block ends well, the copy gets the output's name; else it goes away. A process that is killed leaves at
+    most the hidden temporary file, never an unfinished output.
+
+    Args:
+        image: The image; a symbolic link is followed, so that the sidecar beside the real file comes along.
+        output: The name the copy gets; neither it nor its sidecar's name may be taken.
+
+    Raises:
+        FileError: a name is taken, or the copy fails.
+    """
+    for path in (output, sidecar_path(output)):
+        _refuse_taken(path)
+    source, work = Path(os.path.realpath(image)), output.with_name(f".{output.name}.{secrets.token_hex(6)}.tmp")
+    try:
+        copy_file(source, work)
+        if sidecar_path(source).is_file() and not sidecar_path(source).is_symlink():
+            copy_file(sidecar_path(source), sidecar_path(work))
+        yield work
+        _publish(work, output)
+    except VmgraftError as error:
+        _rename_in(error, work, output)
+        raise
+    finally:
+        for path in (work, sidecar_path(work)):
+            with suppress(OSError):
+                path.unlink(missing_ok=True)
+
+
+def _refuse_taken(path: Path) -> None:
+    if os.path.lexists(path):
+        raise FileError("the output file exists already", file=path, hint="name a new file, or remove this one")
+
+
+def _publish(work: Path, output: Path) -> None:
+    """Give the copy its name: the sidecar first, so that an image never points to one that is not there."""
+    named: list[Path] = []
+    try:
+        for source, target in ((sidecar_path(work), sidecar_path(output)), (work, output)):
+            if source.exists():
+                _name(source, target)
+                named.append(target)
+    except OSError as error:
+        for path in named:
+            path.unlink(missing_ok=True)
+        raise FileError(f"the output cannot be put in place: {error.strerror}", file=output) from error
+
+
+def _name(source: Path, target: Path) -> None:
+    """Name a file without ever replacing another; file systems that know no links get a rename after a look."""
+    try:
+        os.link(source, target, follow_symlinks=False)
+    except FileExistsError:
+        raise
+    except OSError:
+        _refuse_taken(target)
+        source.rename(target)
+
+
+def _rename_in(error: VmgraftError, work: Path, output: Path) -> None:
+    """Let an error speak of the output, not of the temporary name."""
+    if error.file is not None and Path(error.file).name.startswith(work.name):
+        error.file = str(output) + Path(error.file).name.removeprefix(work.name)
