@@ -160,8 +160,9 @@ def _usage(error: click.ClickException, as_json: bool) -> int:
         if isinstance(error, click.UsageError) and error.ctx is not None:
             hint = f"see `{error.ctx.command_path} --help`"
         return report_error(UsageError(error.format_message(), hint=hint), as_json=True)
-    error.message = "\n".join(map(printable, error.message.split("\n")))
-    error.show()
+    shown = io.StringIO()
+    error.show(shown)
+    click.echo("\n".join(map(printable, shown.getvalue().split("\n"))), err=True, nl=False)
     return exitcodes.USAGE
 
 

@@ -11,6 +11,7 @@ from typing import BinaryIO, Self
 
 import click
 
+from vmgraft.cli.files import write_stdout
 from vmgraft.cli.output import interactive, printable
 from vmgraft.errors import FileError
 
@@ -62,9 +63,7 @@ class Outputs:
             sys.stdout.write(visible(data))
             sys.stdout.flush()
         elif self._to_terminal:
-            stdout = click.get_binary_stream("stdout")
-            stdout.write(data)
-            stdout.flush()
+            write_stdout(data)
 
     def write_screen(self, lines: tuple[str, ...]) -> None:
         """Write the text screen where it was asked for."""

@@ -22,12 +22,23 @@ def write_output(path: Path, data: bytes, *, what: str) -> None:
     if str(path) == "-":
         if interactive(sys.stdout) and not _plain(data):
             raise UsageError(f"the {what} is not plain text, and stdout is a terminal", hint="write it with -o FILE")
-        stdout = click.get_binary_stream("stdout")
-        stdout.write(data)
-        stdout.flush()
+        write_stdout(data)
         return
     write_new(path, data, what=f"the {what}")
     click.echo(f"{what} written to {printable(str(path))}", err=True)
+
+
+def write_stdout(data: bytes) -> None:
+    """Write bytes to stdout as they are.
+
+    Raises:
+        UsageError: stdout was closed before the start.
+    """
+    if sys.stdout is None:
+        raise UsageError("stdout is closed", hint="leave it open, or name a file")
+    sys.stdout.flush()
+    sys.stdout.buffer.write(data)
+    sys.stdout.buffer.flush()
 
 
 def _plain(data: bytes) -> bool:

@@ -78,6 +78,8 @@ MAX_SECTIONS = 256
 MAX_EXTENSIONS = 64
 #: Longest section once decompressed, in bytes.
 MAX_RAW_SIZE = 64 << 20
+#: Longest all known sections of a record together may be once decompressed, in bytes.
+MAX_TOTAL_RAW = 1 << 30
 #: A section may not grow more than this when decompressed.
 MAX_RATIO = 1000
 

@@ -236,7 +236,8 @@ def _link(fd: int, source: Path | None, target: Path) -> None:
 
 
 def _temporary_name(target: Path) -> Path:
-    return target.with_name(f".{target.name}.{secrets.token_hex(6)}.tmp")
+    # Independent of the target's name, which may have the greatest length that the file system allows.
+    return target.with_name(f".vmgraft-{secrets.token_hex(8)}.tmp")
 
 
 def _failed(action: str, file: Path, problem: OSError, offset: int | None = None) -> FileError:

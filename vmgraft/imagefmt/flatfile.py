@@ -89,9 +89,15 @@ class FlatFile:
         """
         # Never allocate more than the file can fill.
         length = max(0, min(length, self.size - offset))
-        buffer = bytearray(length)
-        count = self.readinto(offset, memoryview(buffer))
-        return bytes(buffer[:count])
+        try:
+            data = os.pread(self.fd, length, offset)
+        except OSError as problem:
+            raise FileError(f"the file cannot be read: {problem.strerror}", file=self.path, offset=offset) from problem
+        if len(data) in (0, length):
+            return data
+        rest = bytearray(length - len(data))
+        count = self.readinto(offset + len(data), memoryview(rest))
+        return data + rest[:count]
 
     def extents(self, end: int) -> Iterator[Extent]:
         """Yield data and hole runs of the first ``end`` bytes, without gaps."""

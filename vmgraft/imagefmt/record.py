@@ -103,13 +103,14 @@ class Record:
             GraftFormatError: when a digest does not match, or the bytes do not decompress to exactly the size stated.
         """
         stored = self.stored(section)
-        if sha256(stored).digest() != section.stored_sha256:
+        digest = sha256(stored).digest()
+        if digest != section.stored_sha256:
             raise self._damaged(section, "stored bytes do not match their digest", "stored_sha256")
-        if not section.compressed:
-            raw = stored
-        else:
+        raw = stored
+        if section.compressed:
             raw = decompress(stored, section.raw_size, file=self.file, offset=self.offset + section.offset)
-        if sha256(raw).digest() != section.raw_sha256:
+            digest = sha256(raw).digest()
+        if digest != section.raw_sha256:
             raise self._damaged(section, "raw bytes do not match their digest", "raw_sha256")
         return raw
 
@@ -143,6 +144,7 @@ def build_record(sections: Sequence[Section]) -> bytes:
     """
     ordered = sorted(_unique(sections), key=lambda section: section.kind is not SectionKind.UNDO)
     _check_counts([section.kind for section in ordered], file=None, offset=None)
+    _check_total(sum(len(section.raw) for section in ordered), file=None, offset=None)
     bodies = [_store(section) for section in ordered]
     position = layout.RECORD_HEADER_SIZE + layout.SECTION_ENTRY_SIZE * len(ordered)
     table = b""
@@ -235,6 +237,8 @@ def _parse_table(table: bytes, header: Any, file: str | PathLike[str] | None, of
             field="record.record_size",
         )
     _check_counts([section.kind for section in sections], file=file, offset=offset)
+    known = [section.raw_size for section in sections if section.kind in list(SectionKind)]
+    _check_total(sum(known), file=file, offset=offset)
     return tuple(sections)
 
 
@@ -290,6 +294,13 @@ def _check_counts(kinds: Sequence[int], *, file: str | PathLike[str] | None, off
     for kind in _SINGLE:
         if counts[kind] > 1:
             raise refuse(f"{counts[kind]} {kind.name} sections, at most 1 allowed")
+
+
+def _check_total(size: int, *, file: str | PathLike[str] | None, offset: int | None) -> None:
+    """Refuse a record that would keep a reader busy decompressing many sections, each of them within its limit."""
+    if size > layout.MAX_TOTAL_RAW:
+        message = f"all sections together have {size} raw bytes, at most {layout.MAX_TOTAL_RAW} allowed"
+        raise GraftFormatError(message, file=file, offset=offset, field="section.raw_size")
 
 
 def _unique(sections: Sequence[Section]) -> list[Section]:

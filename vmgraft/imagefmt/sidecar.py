@@ -11,6 +11,7 @@ import os
 import stat
 from dataclasses import dataclass
 from hashlib import sha256
+from os.path import lexists
 from pathlib import Path
 
 from vmgraft.errors import FileError, GraftFormatError
@@ -22,6 +23,8 @@ from vmgraft.imagefmt.locator import LOCATOR_SIZE, MAGIC, pack_locator, parse_lo
 SUFFIX = ".vmgraft"
 #: Where the record begins in a sidecar, in bytes.
 RECORD_OFFSET = LOCATOR_SIZE
+#: What systems answer when nothing can be there; an image's name may be too long to append the suffix.
+_ABSENT = (errno.ENOENT, errno.ENAMETOOLONG)
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +54,7 @@ def write_sidecar(image: Path, locator: Locator, record: bytes) -> Path:
         raise FileError(
             "a file of the sidecar's name exists and is not a sidecar", file=path, hint="move it out of the way"
         )
-    with atomic_output(path, replace=path.exists()) as fd:
+    with atomic_output(path, replace=lexists(path)) as fd:
         write_all(fd, pack_locator(locator) + record, file=path)
     return path
 
@@ -68,18 +71,19 @@ def read_sidecar(image: Path, expected: Locator | None = None) -> Sidecar:
         ``CUT``, ``OVERWRITTEN`` or ``DAMAGED`` when it is there but not what it should be, else ``OK``.
     """
     path = sidecar_path(image)
-    data = _read(path)
-    if isinstance(data, str):
-        if data:
-            return Sidecar(path, GraftState.DAMAGED, data)
+    found = _read(path)
+    if isinstance(found, str):
+        if found:
+            return Sidecar(path, GraftState.DAMAGED, found)
         state = GraftState.NONE if expected is None else GraftState.NO_RECORD
         return Sidecar(path, state, "" if expected is None else f"the sidecar {path.name} is missing")
+    head, record = found
     try:
-        locator = parse_locator(data, file=path, offset=0)
+        locator = parse_locator(head, file=path, offset=0)
     except GraftFormatError as problem:
-        return Sidecar(path, GraftState.DAMAGED, str(problem), None, data[RECORD_OFFSET:] or None)
-    state, detail = _compare(data, locator, expected)
-    return Sidecar(path, state, detail, locator, data[RECORD_OFFSET:])
+        return Sidecar(path, GraftState.DAMAGED, str(problem), None, record or None)
+    state, detail = _compare(record, locator, expected)
+    return Sidecar(path, state, detail, locator, record)
 
 
 def locate_sidecar(image: Path, locator: Locator, locator_offset: int | None) -> Located:
@@ -101,30 +105,30 @@ def remove_sidecar(image: Path) -> None:
         FileError: when the system refuses.
     """
     path = sidecar_path(image)
-    if path.exists() and _may_replace(path):
+    if lexists(path) and _may_replace(path):
         remove_file(path)
 
 
-def _compare(data: bytes, locator: Locator, expected: Locator | None) -> tuple[GraftState, str]:
+def _compare(record: bytes, locator: Locator, expected: Locator | None) -> tuple[GraftState, str]:
     if expected is not None and locator != expected:
         return GraftState.DAMAGED, "the sidecar belongs to another graft"
-    size = len(data) - RECORD_OFFSET
+    size = len(record)
     if size < locator.record_size:
         return GraftState.CUT, f"the sidecar holds {size} of {locator.record_size} record bytes"
     if size > locator.record_size:
         return GraftState.DAMAGED, f"the sidecar is {size - locator.record_size} bytes too long"
-    if sha256(memoryview(data)[RECORD_OFFSET:]).digest() != locator.record_sha256:
+    if sha256(record).digest() != locator.record_sha256:
         return GraftState.OVERWRITTEN, "the record in the sidecar does not match the locator's digest"
     return GraftState.OK, ""
 
 
-def _read(path: Path) -> bytes | str:
-    """Return the file's bytes, "" when there is none, or why it cannot be read."""
+def _read(path: Path) -> tuple[bytes, bytes] | str:
+    """Return the file's first 128 bytes and the record, "" when there is no such file, or why it cannot be read."""
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
-    except FileNotFoundError:
-        return ""
     except OSError as problem:
+        if problem.errno in _ABSENT:
+            return ""
         what = "is a symbolic link" if problem.errno == errno.ELOOP else f"cannot be read: {problem.strerror}"
         return f"the sidecar {path.name} {what}"
     try:
@@ -133,8 +137,9 @@ def _read(path: Path) -> bytes | str:
             return f"the sidecar {path.name} is not a regular file"
         if not 0 < status.st_size <= layout.MAX_RECORD_SIZE + RECORD_OFFSET:
             return f"the sidecar {path.name} is empty or over the size limit"
-        with open(fd, "rb", closefd=False) as file:
-            return file.read(layout.MAX_RECORD_SIZE + RECORD_OFFSET)
+        head = os.pread(fd, RECORD_OFFSET, 0)
+        # A large file that is no sidecar is not worth its memory.
+        return head, os.pread(fd, status.st_size - len(head), len(head)) if head.startswith(MAGIC) else b""
     except OSError as problem:
         return f"the sidecar {path.name} cannot be read: {problem.strerror}"
     finally:
@@ -145,10 +150,8 @@ def _may_replace(path: Path) -> bool:
     """Return whether nothing is at ``path``, or a regular file that begins like a sidecar."""
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
-    except FileNotFoundError:
-        return True
-    except OSError:
-        return False
+    except OSError as problem:
+        return problem.errno in _ABSENT
     try:
         return stat.S_ISREG(os.fstat(fd).st_mode) and os.pread(fd, len(MAGIC), 0) == MAGIC
     except OSError:

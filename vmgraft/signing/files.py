@@ -1,4 +1,4 @@
-"""Small files: read as regular files only, bounded, on request not through a link; written whole and never over another."""
+"""Small files: read as regular files only, bounded, on request not through a link; never written over another."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def write_new(path: Path, data: bytes, *, what: str, mode: int = 0o666) -> None:
     try:
         fd = os.open(path, flags, mode)
     except FileExistsError as exc:
-        hint = "nothing is overwritten; choose another name"
+        hint = "files are never overwritten; choose another name"
         raise FileError(f"{what} cannot be written: the file exists already", file=path, hint=hint) from exc
     except OSError as exc:
         hint = "is it in a folder that exists and that you may write to?"

@@ -27,6 +27,8 @@ def work_copy(image: Path, output: Path) -> Iterator[Path]:
     Raises:
         FileError: a name is taken, or the copy fails.
     """
+    if not output.parent.is_dir():
+        raise FileError("no such folder", file=output.parent, hint="make it first, or name another output")
     for path in (output, sidecar_path(output)):
         _refuse_taken(path)
     source, work = Path(os.path.realpath(image)), output.with_name(f".{output.name}.{secrets.token_hex(6)}.tmp")

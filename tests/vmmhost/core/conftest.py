@@ -78,7 +78,7 @@ def make_machine(guest):
 
     def build(engine: Engine, what, **options) -> Machine:
         reader = guest(what) if isinstance(what, str) else what
-        options = {"timeout": 20, "memory_mib": 16} | options
+        options = {"timeout": 60, "memory_mib": 16} | options
         machine = Machine(engine, VerifiedDisk(reader, lambda _index, _block: True), **options)
         machines.append(machine)
         return machine

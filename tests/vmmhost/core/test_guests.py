@@ -130,8 +130,8 @@ def test_time(engine, run_guest):
     clock, date, century = words(result.serial[7:])
     assert (clock, date, century) == (0x2213, 0x20231114, 0x20)
     # three ticks of 55 ms, the first of which may be under way, and 30 ms up to the next tick
-    assert 0.13 < result.virtual_ns / 1e9 < 2
-    assert 0.1 < result.wall_seconds < 5
+    assert 0.13 < result.virtual_ns / 1e9 < 10
+    assert 0.1 < result.wall_seconds < 10
 
 
 def test_memory_map(engine, run_guest):

@@ -139,7 +139,7 @@ def _raw_recipes(path: Path, root: Path | None) -> None:
         from vmgraft.imagefmt.raw.recipes import recipes
 
         click.echo("To hide the trailer from other programs:")
-        for name, recipe in recipes(path, located.locator.file_size).items():
+        for name, recipe in recipes(path, image.virtual_size).items():
             click.echo(f"  {name:8} {printable(recipe)}")
 
 

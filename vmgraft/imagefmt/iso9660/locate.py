@@ -132,6 +132,7 @@ def _state(file: FlatFile, found: Found, locator: Locator, place: Appendix) -> t
         (missing > 0, GraftState.CUT, f"the last {missing} bytes are missing: the file was cut"),
         (not found.footer_sound, GraftState.DAMAGED, "the footer behind the record is not the locator's copy"),
         (found.undo is None, GraftState.DAMAGED, "the record's UNDO section is damaged"),
+        (_padding(file, locator, place), GraftState.DAMAGED, "another program wrote between content, record and footer"),
         (mismatch, mismatch_state, "the record does not match the locator's digest"),
         (missing < 0, GraftState.GROWN, f"the file grew by {-missing} bytes behind the graft since attach"),
     )
@@ -148,6 +149,13 @@ def _footer_is(file: FlatFile, place: Appendix, locator: Locator) -> bool:
     return _parse(file, sector, place.footer) == locator and not any(sector[LOCATOR_SIZE:])
 
 
+def _padding(file: FlatFile, locator: Locator, place: Appendix) -> bool:
+    """Return whether something else than zeros stands before or behind the record."""
+    before = file.read(locator.file_size, place.record - locator.file_size)
+    end = place.record + place.record_size
+    return any(before) or any(file.read(end, place.footer - end))
+
+
 def _original_problem(undo: Undo, locator: Locator, volume_space_size: int, field: bytes) -> tuple[GraftState, str]:
     """Compare the descriptor with what UNDO says about the original."""
     original = undo.patches[0].data if undo.patches else None
@@ -157,6 +165,11 @@ def _original_problem(undo: Undo, locator: Locator, volume_space_size: int, fiel
     checks = (
         (undo.file_size != locator.file_size, GraftState.DAMAGED, "UNDO and locator disagree about the original size"),
         (resized, GraftState.DAMAGED, "another program changed the volume's size since attach"),
+        (
+            volume_space_size * layout.SECTOR_SIZE > locator.file_size,
+            GraftState.DAMAGED,
+            "the volume is larger than the original image",
+        ),
         (
             field.startswith(MAGIC) and original is None,
             GraftState.DAMAGED,

@@ -82,9 +82,9 @@ class RawImage(Image):
         if locator is None:
             return Located(sidecar.state, sidecar.detail, record=sidecar.record)
         state, detail = sidecar.state, sidecar.detail
-        if state is GraftState.OK and locator.placement is not Placement.SIDECAR:
-            state, detail = GraftState.DAMAGED, "the locator in the sidecar is not one of a sidecar"
-        elif state is GraftState.OK and self._file.size > locator.file_size:
+        if locator.placement is not Placement.SIDECAR:
+            return Located(GraftState.DAMAGED, "the locator in the sidecar is not one of a sidecar", record=sidecar.record)
+        if state is GraftState.OK and self._file.size > locator.file_size:
             state, detail = GraftState.GROWN, f"the image grew from {locator.file_size} bytes since attach"
         elif state is GraftState.OK and self._file.size < locator.file_size:
             state, detail = GraftState.DAMAGED, f"the image shrank from {locator.file_size} bytes since attach"

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from hashlib import sha256
 
 from vmgraft.errors import GraftFormatError
-from vmgraft.imagefmt._layout import LOCATOR_SIZE, MAGIC
+from vmgraft.imagefmt._layout import LOCATOR, LOCATOR_SIZE, MAGIC
 from vmgraft.imagefmt.contract import GraftState, Kind, Located, Locator, Placement
 from vmgraft.imagefmt.flatfile import FlatFile
 from vmgraft.imagefmt.locator import parse_locator
@@ -32,7 +32,8 @@ def find_trailer(file: FlatFile) -> Located | None:
         try:
             locator = parse_locator(data, file=file.path, offset=offset)
         except GraftFormatError as problem:
-            damaged = damaged or Located(GraftState.DAMAGED, str(problem), None, offset)
+            if damaged is None and _was_locator(file, data, offset):
+                damaged = Located(GraftState.DAMAGED, str(problem), None, offset)
             continue
         trailer = Trailer(locator.file_size, locator.record_size)
         if _is_in_place(locator, trailer, offset):
@@ -47,6 +48,18 @@ def _is_in_place(locator: Locator, trailer: Trailer, offset: int) -> bool:
         and trailer.fits
         and offset in (trailer.head, trailer.tail)
     )
+
+
+def _was_locator(file: FlatFile, data: bytes, offset: int) -> bool:
+    """Return whether 128 bytes that are no sound locator were one of this file's.
+
+    Our magic alone says little: records begin with it too, and a disk may hold grafted images as files.
+    """
+    if offset == file.size - LOCATOR_SIZE or file.read(offset + LOCATOR_SIZE, len(MAGIC)) == MAGIC:
+        return True
+    numbers = LOCATOR.parse(data.ljust(LOCATOR_SIZE, b"\0"))
+    trailer = Trailer(numbers.file_size, numbers.record_size)
+    return numbers.record_offset == trailer.record and offset in (trailer.head, trailer.tail)
 
 
 def _candidates(file: FlatFile) -> Iterator[int]:
