@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import FrameType
 from typing import TYPE_CHECKING, Any, TextIO
 
 import click
@@ -59,6 +61,21 @@ def printable(text: str) -> str:
 def interactive(stream: TextIO | None) -> bool:
     """Tell whether a standard stream is a terminal; one that was closed before the start is none."""
     return stream is not None and stream.isatty()
+
+
+@contextmanager
+def orderly_end() -> Iterator[None]:
+    """Treat SIGTERM and SIGHUP like Ctrl-C, so that what was begun is taken back before the program ends."""
+
+    def interrupt(_number: int, _frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    before = {number: signal.signal(number, interrupt) for number in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @contextmanager

@@ -88,7 +88,9 @@ class FlatFile:
             FileError: when the system cannot read it.
         """
         # Never allocate more than the file can fill.
-        length = max(0, min(length, self.size - offset))
+        length = min(length, self.size - offset)
+        if length <= 0:
+            return b""
         try:
             data = os.pread(self.fd, length, offset)
         except OSError as problem:

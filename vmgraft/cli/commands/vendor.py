@@ -81,7 +81,7 @@ def attach(
     """
     from datetime import UTC
 
-    from vmgraft.cli.output import emit_ok, human_size, printable, progress_bar
+    from vmgraft.cli.output import emit_ok, human_size, orderly_end, printable, progress_bar
     from vmgraft.cli.passphrase import existing_passphrase
     from vmgraft.imagefmt.contract import Placement
     from vmgraft.signing.keyfiles import load_private
@@ -99,8 +99,9 @@ def attach(
         expires=expires.replace(tzinfo=UTC) if expires else None,
         root=root,
     )
-    with progress_bar("digest", quiet=quiet or as_json) as progress:
-        done = graft(image, packages, [load_private(key, source) for key in keys], options, progress)
+    signers = [load_private(key, source) for key in keys]
+    with orderly_end(), progress_bar("digest", quiet=quiet or as_json) as progress:
+        done = graft(image, packages, signers, options, progress)
     locator = done.located.locator
     placed = locator.placement.value if locator else placement
     size = locator.record_size if locator else 0
@@ -154,13 +155,14 @@ def detach(image: Path, ids: tuple[str, ...], output: Path | None, root: Path | 
 
     IDs, if given, must name all extensions of the image: taking away some of them would need a new signature.
     """
-    from vmgraft.cli.output import emit_ok, printable
+    from vmgraft.cli.output import emit_ok, orderly_end, printable
     from vmgraft.vendor.graft import check_detach_ids
     from vmgraft.vendor.graft import detach as take_away
 
     if ids:
         check_detach_ids(image, ids, root=root)
-    path = take_away(image, output=output, root=root)
+    with orderly_end():
+        path = take_away(image, output=output, root=root)
     if as_json:
         emit_ok({"image": str(path)})
         return
