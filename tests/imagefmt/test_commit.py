@@ -190,3 +190,14 @@ def test_copy_errors(tmp_path):
     os.mkfifo(tmp_path / "fifo")
     with pytest.raises(FileError, match="regular file"):
         copy_file(tmp_path / "fifo", tmp_path / "out")
+
+
+def test_names_too_long_are_a_clear_error(tmp_path):
+    source = tmp_path / "source"
+    source.write_bytes(b"x")
+    with pytest.raises(FileError, match="too long"):
+        copy_file(source, tmp_path / ("n" * 256))
+    longest = tmp_path / ("n" * 255)
+    for replace in (False, True):
+        copy_file(source, longest, replace=replace)
+    assert set(names_in(tmp_path)) == {longest.name, "source"}

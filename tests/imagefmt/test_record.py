@@ -305,3 +305,12 @@ def test_any_mutation_even_with_a_right_header_digest(changes, reseal):
     except GraftFormatError:
         return
     assert {section.kind for section in record.sections} >= {SectionKind.UNDO}
+
+
+def test_many_bombs_in_one_record_are_refused_before_any_goes_off():
+    stored = zstandard.ZstdCompressor(level=1).compress(bytes(1 << 16))
+    bomb = {"kind": 3, "flags": 2, "stored": stored.ljust(70_000, b"\0"), "raw_size": 64 << 20}
+    parse(forge([entry(**bomb)] * 16))
+    with pytest.raises(GraftFormatError, match="together") as caught:
+        parse(forge([entry(**bomb)] * 17))
+    assert caught.value.field == "section.raw_size"

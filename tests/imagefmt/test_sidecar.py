@@ -1,8 +1,10 @@
 """Sidecars: lost, cut, foreign, hostile."""
 
+import dataclasses
 import os
 import shutil
 import struct
+import tracemalloc
 
 import pytest
 from imagefmt_helpers import attach, content_of, digest, iso_bytes, problem_of, sample_sections, state_of
@@ -10,6 +12,7 @@ from imagefmt_helpers import attach, content_of, digest, iso_bytes, problem_of, 
 from vmgraft.errors import FileError, GraftFormatError, NoGraftError
 from vmgraft.imagefmt.contract import GraftState, Placement
 from vmgraft.imagefmt.graft import detach_image, open_graft, open_image
+from vmgraft.imagefmt.locator import pack_locator
 from vmgraft.imagefmt.record import Section, SectionKind
 from vmgraft.imagefmt.sidecar import read_sidecar, sidecar_path, write_sidecar
 
@@ -153,3 +156,54 @@ def test_an_old_sidecar_is_replaced(tmp_path, grafted_iso):
     write_sidecar(iso, located.locator, located.record)
     attach(iso, Placement.SIDECAR)
     assert problem_of(iso) is None
+
+
+def test_a_large_file_that_is_no_sidecar_is_not_read(raw_image):
+    """A sparse gigabyte beside the image costs an auditor neither memory nor time."""
+    with sidecar_path(raw_image).open("wb") as file:
+        file.truncate(1 << 30)
+    tracemalloc.start()
+    try:
+        assert read_sidecar(raw_image).state is GraftState.DAMAGED
+        assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    finally:
+        tracemalloc.stop()
+
+
+def test_a_sidecar_beyond_the_limit_is_not_read(raw_image):
+    sidecar_path(raw_image).write_bytes(b"VMGRAFT\0")
+    os.truncate(sidecar_path(raw_image), (1 << 30) + 129)
+    assert "over the size limit" in read_sidecar(raw_image).detail
+
+
+def test_a_sidecar_whose_locator_says_inline_does_not_shape_a_raw_image(raw_image):
+    locator = attach(raw_image, Placement.SIDECAR).locator
+    path = sidecar_path(raw_image)
+    forged = dataclasses.replace(locator, placement=Placement.INLINE, file_size=512)
+    path.write_bytes(pack_locator(forged) + path.read_bytes()[128:])
+    with open_image(raw_image) as image:
+        assert image.locate().state is GraftState.DAMAGED
+        assert image.virtual_size >= raw_image.stat().st_size
+    assert "not one of a sidecar" in problem_of(raw_image)
+
+
+@pytest.mark.parametrize("length", [230, 247, 248, 255])
+@pytest.mark.parametrize("suffix", [".img", ".iso"])
+def test_image_names_up_to_the_longest(tmp_path, length, suffix):
+    """The suffix may not fit behind an image's name; an inline graft does not need it."""
+    path = tmp_path / ("n" * (length - 4) + suffix)
+    path.write_bytes(iso_bytes() if suffix == ".iso" else b"raw disk" * 100)
+    before = digest(path)
+    assert state_of(path) is GraftState.NONE
+    attach(path, Placement.INLINE)
+    assert problem_of(path) is None
+    detach_image(path)
+    assert digest(path) == before
+    if length + len(".vmgraft") > 255:
+        with pytest.raises(FileError, match="too long"):
+            attach(path, Placement.SIDECAR)
+    else:
+        attach(path, Placement.SIDECAR)
+        detach_image(path)
+    assert digest(path) == before
+    assert [item.name for item in tmp_path.iterdir()] == [path.name]

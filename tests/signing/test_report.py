@@ -14,7 +14,9 @@ from vmgraft.signing.report import report_document
 @pytest.mark.parametrize("signers", [["vendor"], ["stranger"]])
 def test_report_is_one_json_object_of_its_schema(sim, signers):
     report = sim.verify(sim.graft(signers=signers))
-    document = json.loads(json.dumps(report_document(report) | {"exitCode": 0 if report.ok else 11, "image": "disk.qcow2"}))
+    document = json.loads(
+        json.dumps(report_document(report) | {"exitCode": 0 if report.ok else 11, "image": "disk.qcow2"})
+    )
     validate("report", document, file=None, error=VmgraftError)
     assert [check["name"] for check in document["checks"]] == list(CHECKS)
     assert document["ok"] is report.ok

@@ -26,6 +26,7 @@ class Studio:
         write_keypair(folder / "vendor", self.key, None)
         self.image = folder / "disk.img"
         self.policy = folder / "policy.json"
+        self.guest = (ROOT / "examples" / "guest" / "guest.bin").read_bytes()
 
     def graft(self, module: bytes, **fields: object) -> None:
         """Attach one extension that claims the clock's ports and hypercalls, and a policy that grants all of it."""
@@ -37,11 +38,14 @@ class Studio:
             **fields,
         }  # fmt: skip
         data = canonical_manifest(manifest)
-        guest = (ROOT / "examples" / "guest" / "guest.bin").read_bytes()
-        self.image.write_bytes(guest.ljust(1 << 20, b"\0"))
+        self.image.write_bytes(self.guest.ljust(1 << 20, b"\0"))
         attach(self.image, [Package("org.example.culprit", "1.0", data, module)], [self.key], AttachOptions())
         document = init_policy({"vendor": self.key.public}, [parse_manifest(data)])
         self.policy.write_bytes(format_policy(document))
+
+    def boot_code(self, code: bytes) -> None:
+        """Make images boot this instead, from 0000:7C00."""
+        self.guest = code.ljust(510, b"\0") + b"\x55\xaa"
 
     def wat(self, body: str, imports: str = "") -> bytes:
         """Assemble a module of ABI vmgraft/1 around some functions."""

@@ -10,9 +10,9 @@ import click
 
 from vmgraft.cli.console import Outputs
 from vmgraft.cli.exitcodes import exit_code
-from vmgraft.cli.output import emit_json, printable
+from vmgraft.cli.output import emit_json, printable, report_error
 from vmgraft.cli.views import show_report, verdict_document
-from vmgraft.errors import VmgraftError
+from vmgraft.errors import ExpectationError, VmgraftError
 from vmgraft.vmmhost.core.machine import MachineResult
 from vmgraft.vmmhost.launch import RunReport
 
@@ -31,7 +31,7 @@ def finish_run(report: RunReport, image: Path, outputs: Outputs, *, as_json: boo
     elif report.result is None:
         click.echo(json.dumps({**report.plan.to_dict(), "planSha256": report.plan.digest}, indent=2))
     else:
-        _show_end(report, report.result)
+        _show_end(report, report.result, image)
     return code
 
 
@@ -59,12 +59,11 @@ def run_document(report: RunReport, image: Path, code: int) -> dict[str, Any]:
         "serial": result.serial.decode("latin-1"),
     }
     if report.error is not None:
-        error = VmgraftError(f"the guest ended: {_why(result)}", file=image)
-        document["error"] = {**error.to_dict(), "code": report.error}
+        document["error"] = {**_failure(report, result, image).to_dict(), "code": report.error}
     return document
 
 
-def _show_end(report: RunReport, result: MachineResult) -> None:
+def _show_end(report: RunReport, result: MachineResult, image: Path) -> None:
     """Print the closing lines of a run on stderr, so that stdout is the guest's."""
     for item in report.extensions:
         click.echo(
@@ -75,7 +74,18 @@ def _show_end(report: RunReport, result: MachineResult) -> None:
     engine = f"{result.engine}{' (emulated)' if result.emulated else ''}"
     click.echo(f"ended: {_why(result)} after {result.wall_seconds:.2f} s on {engine}", err=True)
     if report.error is not None:
-        click.echo(f"{click.style('error:', fg='red', bold=True)} {report.error}", err=True)
+        report_error(_failure(report, result, image), as_json=False)
+
+
+def _failure(report: RunReport, result: MachineResult, image: Path) -> VmgraftError:
+    """Return what to say about a guest that did not end well."""
+    if report.error == ExpectationError.code:
+        hint = "--screen and --serial keep what the guest showed; a longer --timeout may help"
+        return ExpectationError(
+            f"{report.until!r} never appeared; the guest ended: {_why(result)}", file=image, hint=hint
+        )
+    hint = "--audit-log keeps what the extensions did"
+    return VmgraftError(f"{report.error}: the guest ended: {_why(result)}", file=image, hint=hint)
 
 
 def _why(result: MachineResult) -> str:

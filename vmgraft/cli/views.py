@@ -44,8 +44,12 @@ def show_report(report: Report, image: Path) -> None:
 def show_list(listing: dict[str, Any]) -> None:
     """Print one line an extension."""
     for entry in listing["unverified"]["extensions"]:
-        capabilities = ", ".join(entry.get("capabilities") or [])
-        click.echo(f"{UNVERIFIED} {_text(entry.get('id'))} {_text(entry.get('version'))}  [{printable(capabilities)}]")
+        if "error" in entry:
+            click.echo(f"{UNVERIFIED} a manifest that cannot be read: {_text(entry['error'])}")
+            continue
+        claims = entry["capabilities"] if isinstance(entry["capabilities"], list) else [entry["capabilities"]]
+        capabilities = ", ".join(_text(claim) for claim in claims if claim is not None)
+        click.echo(f"{UNVERIFIED} {_text(entry['id'])} {_text(entry['version'])}  [{_text(capabilities)}]")
     click.echo(f"state: {listing['state']}, placement: {listing['placement']}. Nothing above is verified.", err=True)
 
 

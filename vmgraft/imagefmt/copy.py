@@ -35,7 +35,7 @@ def copy_file(source: str | Path, destination: str | Path, *, replace: bool = Fa
     target = Path(destination)
     original = FlatFile(Path(source))
     try:
-        if target.exists() and target.samefile(source):
+        if _is_same(original, target):
             raise UsageError("source and output are the same file", file=target)
         with atomic_output(target, replace=replace) as fd:
             try:
@@ -44,6 +44,13 @@ def copy_file(source: str | Path, destination: str | Path, *, replace: bool = Fa
                 raise FileError(f"the copy failed: {problem.strerror}", file=target) from problem
     finally:
         original.close()
+
+
+def _is_same(original: FlatFile, target: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(original.fd), target.stat())
+    except OSError:  # not there, or not reachable: creating it says why
+        return False
 
 
 def _copy(original: FlatFile, fd: int) -> None:

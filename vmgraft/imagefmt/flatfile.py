@@ -123,10 +123,17 @@ class FlatFile:
             return min(os.lseek(self.fd, offset, whence), end)
         except OSError as problem:
             if problem.errno == errno.ENXIO:  # nothing of that sort behind offset
+                self._check_not_cut(end)
                 return end
             if problem.errno == errno.EINVAL:  # the file system or device does not tell: all of it is data
                 return offset if whence == os.SEEK_DATA else end
             raise FileError(f"the file cannot be read: {problem.strerror}", file=self.path, offset=offset) from problem
+
+    def _check_not_cut(self, end: int) -> None:
+        """Tell a hole at the end of the file from content that was there when the file was opened."""
+        size = self.current_size()
+        if size < min(end, self.size):
+            raise FileError("the file became shorter while it was read", file=self.path, offset=size)
 
     def close(self) -> None:
         """Close the descriptor, and with it give up the locks; closing twice is fine."""

@@ -27,7 +27,6 @@ def extract_part(path: Path, part: str, *, extension: str | None = None, root: P
         GraftFormatError: the part is missing or damaged.
         UsageError: no such extension, or it is not said which.
     """
-
     with open_image(path, root=root) as image:
         graft = open_graft(image)
         if part == "record":
@@ -47,7 +46,6 @@ def extract_part(path: Path, part: str, *, extension: str | None = None, root: P
 
 def _subject_digest(statement: bytes, part: str, extension: str | None, path: Path) -> str:
     """Return the SHA-256 that the statement names for a manifest or module."""
-
     parsed = parse_statement(statement, file=path)
     chosen = [entry for entry in parsed.extensions if extension in (None, entry.id)]
     if len(chosen) != 1:

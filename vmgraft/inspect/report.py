@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from vmgraft.errors import GraftFormatError, NoGraftError, VmgraftError
+from vmgraft.errors import FileError, GraftFormatError, NoGraftError, VmgraftError
 from vmgraft.imagefmt.contract import GraftState, Located
 from vmgraft.imagefmt.graft import Graft, open_image
 from vmgraft.schemas import strict_json
 from vmgraft.signing.dsse import parse_envelope
-
-if TYPE_CHECKING:
-    from vmgraft.imagefmt.graft import Graft
 
 
 def inspect_image(path: Path, *, root: Path | None = None) -> dict[str, Any]:
@@ -29,14 +27,13 @@ def inspect_image(path: Path, *, root: Path | None = None) -> dict[str, Any]:
     Raises:
         FileError: when the file is unreadable or of no known format.
     """
-
     with open_image(path, root=root) as image:
         located = image.locate()
         room = image.room()
         report: dict[str, Any] = {
             "image": {
                 "path": str(path),
-                "fileSize": path.stat().st_size,
+                "fileSize": _file_size(path),
                 "format": image.format_name,
                 "virtualSize": image.virtual_size,
                 "backingChain": [str(item) for item in image.backing_chain()],
@@ -48,6 +45,15 @@ def inspect_image(path: Path, *, root: Path | None = None) -> dict[str, Any]:
         if located.state is not GraftState.NONE:
             report["unverified"].update(_claims(Graft(image)))
     return report
+
+
+def _file_size(path: Path) -> int:
+    """Return the size of the file, or of the block device, in bytes."""
+    try:
+        with path.open("rb") as file:
+            return file.seek(0, os.SEEK_END)
+    except OSError as error:
+        raise FileError(f"the file cannot be read: {error.strerror}", file=path, hint="was it moved?") from error
 
 
 def list_extensions(path: Path, *, root: Path | None = None) -> dict[str, Any]:
@@ -114,7 +120,6 @@ def _sections(graft: Graft) -> list[dict[str, Any]]:
 
 def _envelope(data: bytes) -> dict[str, Any]:
     """Return the signatures and the statement of an envelope for display."""
-
     try:
         envelope = parse_envelope(data)
     except VmgraftError as error:
@@ -134,7 +139,6 @@ def _manifest(data: bytes) -> dict[str, Any]:
 
 def _json(data: bytes) -> Any:
     """Parse JSON for display; never raises."""
-
     try:
         return strict_json(data, file=None, error=GraftFormatError, max_bytes=1 << 20)
     except VmgraftError as error:

@@ -22,7 +22,6 @@ def verify_image(
         NoGraftError: the image carries no graft.
         FileError: the image is unreadable or of no known format.
     """
-
     policy = load_policy(policy_path)
     with open_image(path, root=root) as image:
         graft = open_graft(image, progress=progress)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
@@ -37,6 +37,7 @@ class PassphraseSource:
     fd: int | None = None
     environment: bool = True
     prompt: Callable[[str], str] | None = None
+    _read: dict[int, bytes] = field(default_factory=dict, repr=False, compare=False)
 
     def get(self, purpose: str) -> bytes | None:
         """Return the passphrase as UTF-8, or None where no source has one.
@@ -50,7 +51,9 @@ class PassphraseSource:
         if self.file is not None:
             return _first_line(self.file)
         if self.fd is not None:
-            return _first_line(self.fd)
+            if self.fd not in self._read:  # a pipe can be read once, and several keys may ask
+                self._read[self.fd] = _first_line(self.fd)
+            return self._read[self.fd]
         value = os.environb.get(PASSPHRASE_VARIABLE.encode()) if self.environment else None
         if value is None and self.prompt is not None:
             value = self.prompt(purpose).encode("utf-8")
@@ -95,7 +98,7 @@ def key_path(reference: str | PathLike[str]) -> Path:
         return Path(text)
     parts = urlsplit(text)
     if parts.netloc not in ("", "localhost") or parts.query or parts.fragment or not parts.path:
-        raise UsageError(f"{text!r} does not name a local file", field="key")
+        raise UsageError(f"{text!r} does not name a local file", field="key", hint="file:/path/to/key")
     path = unquote(parts.path)
     if "\0" in path:
         raise UsageError("a file name cannot hold a NUL", field="key")
@@ -103,7 +106,12 @@ def key_path(reference: str | PathLike[str]) -> Path:
 
 
 def _read_key(path: Path) -> bytes:
-    return read_regular(path, MAX_PEM, what="the key", error=FileError)
+    try:
+        return read_regular(path, MAX_PEM, what="the key", error=FileError)
+    except FileError as exc:
+        if isinstance(exc.__cause__, FileNotFoundError):
+            exc.hint = "make a pair with: vmgraft keygen PREFIX"
+        raise
 
 
 def load_private(reference: str | PathLike[str], passphrase: PassphraseSource | None = None) -> PrivateKey:

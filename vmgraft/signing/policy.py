@@ -188,7 +188,11 @@ def load_policy(path: str | PathLike[str]) -> Policy:
         if isinstance(exc.__cause__, FileNotFoundError):
             exc.hint = "nothing is trusted without a policy; make one with: vmgraft policy init"
         raise
-    return parse_policy(data, file=path)
+    try:
+        return parse_policy(data, file=path)
+    except PolicyError as exc:
+        exc.hint = exc.hint or "docs/policy.md describes each field; make a first policy with: vmgraft policy init"
+        raise
 
 
 def parse_policy(data: bytes, *, file: _PathOrNone = None) -> Policy:

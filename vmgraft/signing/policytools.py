@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
-from vmgraft.errors import UsageError
+from vmgraft.errors import PolicyError, UsageError
 from vmgraft.signing.keys import PublicKey
 from vmgraft.signing.manifest import Manifest
 from vmgraft.signing.policy import Policy, TrustPolicy, parse_policy
@@ -61,15 +61,9 @@ def init_policy(
         expires: When the policy file ends.
 
     Raises:
-        UsageError: no key was given, or the same extension twice.
-        PolicyError: the parts do not make a valid policy.
+        UsageError: no key was given, the same extension twice, or the parts do not make a valid policy.
     """
-    if not keys:
-        raise UsageError("a policy needs at least one key to trust")
-    ids = [manifest.id for manifest in grants]
-    twice = next((item for item in ids if ids.count(item) > 1), None)
-    if twice is not None:
-        raise UsageError(f"two manifests of {twice}: which of them is granted?", field="grants", hint="name one folder")
+    _check_request(keys, grants)
     entry: dict[str, Any] = {
         "name": name,
         "imageScopes": list(image_scopes),
@@ -90,8 +84,21 @@ def init_policy(
     }
     if expires is not None:
         document["expires"] = format_time(expires)
-    parse_policy(format_policy(document))
+    try:
+        parse_policy(format_policy(document))
+    except PolicyError as exc:
+        raise UsageError(f"no policy: {exc.message}", field=exc.field, hint=exc.hint) from exc
     return document
+
+
+def _check_request(keys: Mapping[str, PublicKey], grants: Sequence[Manifest]) -> None:
+    """Refuse what makes no policy; a dictionary would silently keep the last of two manifests."""
+    if not keys:
+        raise UsageError("a policy needs at least one key to trust")
+    ids = [manifest.id for manifest in grants]
+    twice = next((item for item in ids if ids.count(item) > 1), None)
+    if twice is not None:
+        raise UsageError(f"two manifests of {twice}: which of them is granted?", field="grants", hint="name one folder")
 
 
 def _grant(manifest: Manifest) -> dict[str, Any]:

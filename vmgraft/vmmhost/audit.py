@@ -29,17 +29,22 @@ class AuditLog:
     The last line's hash is returned by :attr:`head` and printed in the run report: keep it elsewhere and a log cut at
     its end is found out too.
 
+    A record that cannot be written whole breaks the log: every later write fails too, so nothing goes on unlogged.
+
     Args:
-        path: File to create; an existing file is never appended to, since its chain would not be ours. ``None`` keeps
-            the records in memory only.
+        path: File to create; an existing file is never appended to, since its chain would not be ours. ``None`` only
+            counts and hashes.
 
     Raises:
         FileError: when the file cannot be created.
     """
 
     def __init__(self, path: Path | None) -> None:
-        self.records: list[dict[str, Any]] = []
+        self.count = 0
         self.head = GENESIS
+        #: Whether a write failed.
+        self.broken = False
+        self._path = path
         self._fd: int | None = None
         if path is not None:
             try:
@@ -52,27 +57,55 @@ class AuditLog:
                 raise FileError(f"cannot create the audit log: {error.strerror}", file=path) from error
 
     def write(self, event: str, detail: dict[str, Any]) -> None:
-        """Append one record; it reaches the file before this returns."""
+        """Append one record; it reaches the file before this returns.
+
+        Raises:
+            FileError: when it cannot be written, or an earlier one could not.
+        """
+        if self.broken:
+            raise FileError("the audit log is incomplete: an earlier record was not written", file=self._path)
         record: dict[str, Any] = {
-            "seq": len(self.records),
+            "seq": self.count,
             "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             "event": event,
             **detail,
             "prev": self.head,
         }
-        record["hash"] = self.head = _line_hash(record)
-        self.records.append(record)
+        record["hash"] = _line_hash(record)
         if self._fd is not None:
-            line = memoryview((json.dumps(record, ensure_ascii=False) + "\n").encode("utf-8", "surrogatepass"))
+            self._append(self._fd, json.dumps(record, ensure_ascii=False) + "\n")
+        self.head = record["hash"]
+        self.count += 1
+
+    def _append(self, fd: int, text: str) -> None:
+        line = memoryview(text.encode("utf-8", "surrogatepass"))
+        try:
             while line:
-                line = line[os.write(self._fd, line) :]
+                line = line[os.write(fd, line) :]
+        except OSError as error:
+            self.broken = True
+            raise self._failure(error) from error
 
     def close(self) -> None:
-        """Flush to stable storage and close."""
-        if self._fd is not None:
-            os.fsync(self._fd)
-            os.close(self._fd)
-            self._fd = None
+        """Flush to stable storage and close.
+
+        Raises:
+            FileError: when the storage refuses; the file is closed all the same.
+        """
+        fd, self._fd = self._fd, None
+        if fd is None:
+            return
+        try:
+            os.fsync(fd)
+        except OSError as error:
+            self.broken = True
+            raise self._failure(error) from error
+        finally:
+            os.close(fd)
+
+    def _failure(self, error: OSError) -> FileError:
+        hint = "the run ends here, since nothing may happen unlogged; is the disk full?"
+        return FileError(f"cannot write the audit log: {error.strerror}", file=self._path, hint=hint)
 
 
 def check_chain(path: Path, expected_head: str | None = None) -> tuple[int, str]:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
-from contextlib import ExitStack
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib import resources
 from pathlib import Path
+from types import FrameType
 from typing import Any, Final
 
 from vmgraft import __version__
@@ -23,7 +26,7 @@ from vmgraft.vmmhost.audit import AuditLog
 from vmgraft.vmmhost.core.boot import BootSource
 from vmgraft.vmmhost.core.contract import EndReason
 from vmgraft.vmmhost.core.disk import VerifiedDisk
-from vmgraft.vmmhost.core.machine import Machine, MachineResult
+from vmgraft.vmmhost.core.machine import END_SIGNALS, Machine, MachineResult
 from vmgraft.vmmhost.core.probe import Engine
 from vmgraft.vmmhost.layer.abi import Event
 from vmgraft.vmmhost.layer.client import ExtensionHost
@@ -62,7 +65,7 @@ class RunReport:
             return None
         if self.result.reason in _FAILURES:
             return _FAILURES[self.result.reason]
-        return "expectation" if self.until is not None and self.result.reason is not EndReason.UNTIL else None
+        return "expectation" if self.until is not None and not self.result.until_seen else None
 
 
 class Launcher:
@@ -100,7 +103,10 @@ class Launcher:
         """
         policy = load_policy(self._policy_path)
         with open_image(self._path, root=self._options.root) as image:
-            return self._verify(image, open_graft(image, progress=self._progress), policy)
+            report = self._verify(image, open_graft(image, progress=self._progress), policy)
+        if report.plan is not None:
+            _specs(report.plan)
+        return report
 
     def run(self) -> RunReport:
         """Verify, plan and boot.
@@ -114,15 +120,18 @@ class Launcher:
             HostError: the guest cannot be started here.
         """
         policy = load_policy(self._policy_path)
-        with ExitStack() as stack:
-            log = AuditLog(self._options.audit_log)
-            stack.callback(log.close)
+        with closing(AuditLog(self._options.audit_log)) as log, _orderly_signals():
             log.write("start", self._beginning())
             try:
-                return self._run(stack, log, policy)
-            except VmgraftError as error:
-                log.write("error", error.to_dict())
+                with ExitStack() as stack:
+                    report = self._run(stack, log, policy)
+            except BaseException as error:
+                if not log.broken:
+                    log.write("error", _failure(error))
                 raise
+            log.write("error" if report.result is None else "end", _ending(report))
+            report.audit_head = log.head
+            return report
 
     def _beginning(self) -> dict[str, Any]:
         """Return what the first line of the audit log says."""
@@ -140,12 +149,9 @@ class Launcher:
         checks = [check.to_dict() for check in report.verification.checks]
         log.write("verification", {"ok": report.verification.ok, "error": report.verification.error, "checks": checks})
         if report.plan is None or graft.tree is None:
-            report.audit_head = log.head
             return report
         log.write("plan", {"sha256": report.plan.digest, "plan": report.plan.to_dict()})
-        specs = [spec for spec in map(to_spec, report.plan.extensions) if spec is not None]
-        self._boot(stack, log, report, VerifiedDisk(image, graft.tree.check), specs)
-        report.audit_head = log.head
+        self._boot(stack, log, report, VerifiedDisk(image, graft.tree.check), _specs(report.plan))
         return report
 
     def _verify(self, image: Image, graft: Graft, policy: Policy) -> RunReport:
@@ -209,11 +215,11 @@ class Launcher:
             audit=lambda event, detail: self._audit(log, event, detail),
             stop=lambda detail: machine.stop(self._stop_reason(), detail),
             clock=machine.now_ns,
+            time_left=machine.time_left,
             deterministic_seed=options.seed,
             zygote=zygote,
         )
         stack.callback(host.close)
-        check_claims(machine.bus, specs)
         host.start()
         host.claim(machine.bus)
         machine.add_tick(host.tick)
@@ -222,11 +228,9 @@ class Launcher:
         log.write("boot", {"engine": machine.cpu.engine, "emulated": machine.cpu.emulated, "host": report.confinement})
         host.event(Event.BOOT)
         result = machine.run()
-        host.event(Event.SHUTDOWN)
+        host.event(Event.RESET if result.reason is EndReason.RESET else Event.SHUTDOWN)
         report.result = result
         report.extensions = host.summary()
-        host.close()
-        log.write("end", _ending(result))
 
     def _audit(self, log: AuditLog, event: str, detail: dict[str, Any]) -> None:
         """Write an event of the layer; remember whether a stop was asked for or is a penalty."""
@@ -237,8 +241,51 @@ class Launcher:
         return EndReason.SHUTDOWN if self._stop_requested else EndReason.FAULT
 
 
-def _ending(result: MachineResult) -> dict[str, Any]:
-    """Return what the audit log says of a guest's end."""
+def _specs(plan: LaunchPlan) -> list[ExtensionSpec]:
+    """Return what the layer is told of a plan's extensions, with every claim tried.
+
+    Raises:
+        CapabilityError: a claim collides with the core or another claim.
+    """
+    specs = [spec for spec in map(to_spec, plan.extensions) if spec is not None]
+    check_claims(specs, plan.memory_mib)
+    return specs
+
+
+@contextmanager
+def _orderly_signals() -> Iterator[None]:
+    """Let SIGTERM and SIGHUP unwind as Ctrl-C does, where nobody handles them: workers are ended, the log is closed."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def unwind(number: int, _frame: FrameType | None) -> None:
+        raise KeyboardInterrupt(signal.Signals(number).name)
+
+    taken = [number for number in END_SIGNALS if signal.getsignal(number) is signal.SIG_DFL]
+    for number in taken:
+        signal.signal(number, unwind)
+    try:
+        yield
+    finally:
+        for number in taken:
+            signal.signal(number, signal.SIG_DFL)
+
+
+def _failure(error: BaseException) -> dict[str, Any]:
+    """Return what the audit log says of a run that an exception ended."""
+    if isinstance(error, VmgraftError):
+        return error.to_dict()
+    codes = {KeyboardInterrupt: "interrupted", OSError: "file"}
+    code = next((code for kind, code in codes.items() if isinstance(error, kind)), "internal")
+    return {"code": code, "message": f"{type(error).__name__}: {error}"}
+
+
+def _ending(report: RunReport) -> dict[str, Any]:
+    """Return what the audit log says of a run's end."""
+    result = report.result
+    if result is None:
+        return {"code": report.error, "message": "the verification refused the image; nothing was started"}
     return {
         "reason": result.reason.value,
         "detail": result.detail,

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from vmgraft.errors import CapabilityError
 from vmgraft.signing.capabilities import (
     Flag,
     GuestWindow,
@@ -18,7 +19,8 @@ from vmgraft.signing.capabilities import (
     parse_capability,
 )
 from vmgraft.signing.contract import Limits, VerifiedExtension
-from vmgraft.vmmhost.core.bus import Bus
+from vmgraft.vmmhost.core.memory import HIGH_BASE, LOW_END, is_ram, ram_bytes
+from vmgraft.vmmhost.core.portmap import planning_bus
 from vmgraft.vmmhost.layer import spec as layer
 
 
@@ -162,20 +164,39 @@ class _Nothing:
         return 0
 
 
-def check_claims(bus: Bus, specs: Sequence[layer.ExtensionSpec]) -> None:
-    """Try every claim on a copy of the bus, so that a collision is found before any worker exists.
+def check_claims(specs: Sequence[layer.ExtensionSpec], memory_mib: int) -> None:
+    """Try every claim on a bus without a machine, so that a collision is found before anything is started.
+
+    Args:
+        specs: The extensions.
+        memory_mib: RAM that the machine will have.
 
     Raises:
-        CapabilityError: a range overlaps the core's devices, its memory, or another extension's claim.
+        CapabilityError: a range overlaps the core's devices, its memory, or another extension's claim, or a window is
+            not wholly RAM.
+        UsageError: the memory size is out of bounds.
     """
-    trial, nothing = bus.trial(), _Nothing()
+    ram_end = ram_bytes(memory_mib)
+    trial, nothing = planning_bus(ram_end), _Nothing()
     for spec in specs:
+        for window in spec.windows:
+            _check_window(window, spec.id, ram_end)
         for ports in spec.pio:
             trial.claim_pio(ports.first, ports.last, nothing, spec.id)
         for area in spec.mmio:
             trial.claim_mmio(area.base, area.size, nothing, spec.id)
         for numbers in spec.hypercalls:
             trial.claim_hypercall(numbers.first, numbers.last, nothing, spec.id)
+
+
+def _check_window(window: layer.GuestWindow, owner: str, ram_end: int) -> None:
+    if is_ram(window.gpa, window.size, ram_end):
+        return
+    raise CapabilityError(
+        f"{owner} asks for guest memory {window.gpa:#x}-{window.gpa + window.size - 1:#x}, which is not all RAM",
+        field="guest",
+        hint=f"RAM is 0-{LOW_END - 1:#x} and {HIGH_BASE:#x}-{ram_end - 1:#x} here; more with --memory",
+    )
 
 
 def _limits(limits: Limits) -> layer.LayerLimits:

@@ -5,7 +5,7 @@ import struct
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from imagefmt_helpers import SECTOR, TERMINATOR, attach, both, iso_bytes, pvd_bytes
+from imagefmt_helpers import SECTOR, TERMINATOR, attach, both, flip, iso_bytes, pvd_bytes
 
 from vmgraft.errors import GraftFormatError, MalformedImageError, VmgraftError
 from vmgraft.imagefmt.contract import GraftState, Locator, OpenOptions, Patch, Placement, Undo
@@ -194,3 +194,26 @@ def test_any_descriptors(tmp_path, changes, catalog):
             assert len(opened.read(0, 1 << 40)) == opened.virtual_size
     except VmgraftError:
         pass
+
+
+@pytest.mark.parametrize("place", ["before the record", "behind the record"])
+def test_bytes_hidden_in_the_padding(tmp_path, place):
+    path = tmp_path / "disc.iso"
+    path.write_bytes(iso_bytes(tail=b"odd"))
+    locator = attach(path, Placement.INLINE).locator
+    start = locator.file_size if place == "before the record" else locator.record_offset + locator.record_size
+    flip(path, start + 1)
+    with open_image(path) as image:
+        assert image.locate().state is GraftState.DAMAGED
+        assert "before or behind" in open_graft(image).format_problem()
+
+
+def test_a_volume_that_reaches_behind_the_content(tmp_path):
+    """No original can have been like that: readers of the grafted file would see the record as part of the volume."""
+    larger = iso_bytes(blocks=26)[: 24 * SECTOR]
+    path = graft(tmp_path / "disc.iso", Undo(SIZE, (BLANK,), {"volume_space_size": 26}), iso=larger)
+    with open_image(path) as image:
+        assert image.locate().state is GraftState.DAMAGED
+        assert "larger than the original" in open_graft(image).format_problem()
+    with pytest.raises(GraftFormatError, match="larger"):
+        detach_image(path)

@@ -7,7 +7,19 @@ import struct
 from pathlib import Path
 
 import pytest
-from qcow2_testkit import MIB, extensions, make, open_qcow2, pattern, put_extensions, raw_base, read_all, run
+from qcow2_testkit import (
+    MIB,
+    TREE,
+    extensions,
+    make,
+    open_qcow2,
+    pattern,
+    put_extensions,
+    raw_base,
+    read_all,
+    record_of,
+    run,
+)
 
 from vmgraft.errors import FileError, MalformedImageError, UnsupportedError, VmgraftError
 from vmgraft.imagefmt.contract import OpenOptions, Placement
@@ -151,8 +163,6 @@ def test_the_trailer_of_a_grafted_raw_backing_file_is_hidden(tmp_path: Path) -> 
     path = _overlay(tmp_path / "a.qcow2", "base.raw")
     before = read_all(path)
     with RAW.open(base, OpenOptions(writable=True)) as image:
-        from qcow2_testkit import TREE, record_of
-
         image.attach(lambda undo: record_of(undo, 3000), Placement.INLINE, TREE)
     assert base.stat().st_size > 2 * MIB
     assert read_all(path) == before
@@ -167,3 +177,22 @@ def test_names_that_are_not_text(tmp_path: Path) -> None:
         file.write(b"\xff\xfe\x80/..\n")
     error = _refused(path)
     assert error.message.isprintable()
+
+
+@pytest.mark.parametrize("shown", [2, 4])
+def test_a_raw_backing_file_that_grew_behind_its_trailer(tmp_path: Path, shown: int) -> None:
+    """QEMU shows the guest what was appended, so a digest that leaves it out would vouch for nothing."""
+    base = raw_base(tmp_path, size=2 * MIB)
+    path = make(tmp_path / "a.qcow2", size=shown * MIB, backing="base.raw")
+    before = read_all(path)
+    with RAW.open(base, OpenOptions(writable=True)) as image:
+        image.attach(lambda undo: record_of(undo, 3000), Placement.INLINE, TREE)
+    with base.open("ab") as file:
+        file.write(b"EVIL" * 4096)
+    if shown == 2:
+        assert read_all(path) == before  # the image ends before it
+        return
+    with open_qcow2(path) as image, pytest.raises(UnsupportedError, match="file-grown") as caught:
+        image.read(0, 512)
+    assert caught.value.file == str(base)
+    assert caught.value.hint

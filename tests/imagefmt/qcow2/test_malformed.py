@@ -17,6 +17,7 @@ from vmgraft.errors import MalformedImageError, UnsupportedError, VmgraftError
 from vmgraft.imagefmt.contract import Placement
 from vmgraft.imagefmt.qcow2._layout import FIELD_OFFSET
 from vmgraft.imagefmt.qcow2.create import create_qcow2
+from vmgraft.imagefmt.tree import build_tree
 
 Edit = Callable[[bytearray], None]
 CLUSTER = 65536
@@ -396,3 +397,18 @@ def test_mutated_tables(tmp_path: Path, grafted: bytes, place: int, value: bytes
     path = tmp_path / "x.qcow2"
     path.write_bytes(data)
     _use_everything(path)
+
+
+@pytest.mark.parametrize("compressed", [False, True])
+def test_one_cluster_mapped_a_million_times(tmp_path: Path, compressed: bool) -> None:
+    """A file of a few MiB that claims 512 GiB of data would keep every digest busy for an hour."""
+    path = make(tmp_path / "bomb.qcow2", cluster=2 * MIB, size=512 << 30)
+    qemu_io(path, f"write {'-c ' if compressed else ''}-P 7 0 2M")
+    data = bytearray(path.read_bytes())
+    table = _l2_table(data)
+    data[table : table + 2 * MIB] = data[table : table + 8] * (2 * MIB // 8)
+    path.write_bytes(data)
+    started = time.monotonic()
+    with open_qcow2(path) as image, pytest.raises(MalformedImageError, match="used twice"):
+        build_tree(image)
+    assert time.monotonic() - started < 10

@@ -272,3 +272,42 @@ def test_a_locator_only_counts_where_it_says_it_is(tmp_path, grafted):
 def test_a_stale_sidecar_does_not_hide_a_trailer(grafted):
     sidecar_path(grafted).write_bytes(b"VMGRAFT\0 rubbish")
     assert state_of(grafted) is GraftState.OK
+
+
+def test_grafts_of_files_within_the_disk_are_not_the_disks_own(tmp_path, iso_image):
+    """Records, locators and sidecars of the images that a disk holds, on every kind of boundary in its last MiB."""
+    inner = tmp_path / "inner.img"
+    inner.write_bytes(noise(5000))
+    attach(inner, Placement.INLINE)
+    side = tmp_path / "side.img"
+    side.write_bytes(noise(5000))
+    attach(side, Placement.SIDECAR)
+    attach(iso_image, Placement.INLINE)
+    disk = bytearray(noise(4 * MIB))
+    at = 3 * MIB + 4096
+    for data in (iso_image.read_bytes(), inner.read_bytes(), sidecar_path(side).read_bytes()):
+        for shift in (0, 512, 2048, 4096 - 128):
+            place = at + shift
+            disk[place : place + len(data)] = data
+            at = -(-(place + len(data)) // 4096) * 4096
+    assert at < len(disk)
+    outer = tmp_path / "outer.img"
+    outer.write_bytes(disk)
+    assert state_of(outer) is GraftState.NONE
+    attach(outer, Placement.INLINE)
+    assert content_of(outer) == disk
+    detach_image(outer)
+    assert outer.read_bytes() == disk
+
+
+def test_damaged_locators_are_known_by_their_numbers_or_their_record(grafted):
+    whole = grafted.read_bytes()
+    head, locator, size = trailer_of(grafted)
+    for keep in ("numbers", "record"):
+        data = bytearray(whole)
+        data[size - 128] ^= 1  # the magic of the second locator
+        data[head + (120 if keep == "numbers" else 96)] ^= 1  # its digest, or the content's size
+        if keep == "numbers":
+            data[locator.record_offset] ^= 1
+        grafted.write_bytes(data)
+        assert state_of(grafted) is GraftState.DAMAGED, keep

@@ -118,7 +118,10 @@ def diff(a: Path, b: Path, root: Path | None, quiet: bool, as_json: bool) -> int
     code = exit_code(ContentMismatchError.code if ranges else None)
     if as_json:
         found = [item.to_dict() for item in ranges]
-        emit_json({"ok": not ranges, "exitCode": code, "identical": not ranges, "sizes": list(sizes), "ranges": found})
+        document = {"ok": not ranges, "exitCode": code, "identical": not ranges, "sizes": list(sizes), "ranges": found}
+        if ranges:
+            document["error"] = ContentMismatchError("the guest contents differ", file=b).to_dict()
+        emit_json(document)
         return code
     for item in ranges:
         where = f"  only in {printable(str(a if item.only_in == 'a' else b))}" if item.only_in else ""

@@ -13,12 +13,14 @@ def doctor(as_json: bool) -> int:
     """Say what this machine can do: CPU engines, sandbox, packages. Exit 20 when `run` cannot work here."""
     from vmgraft.cli.exitcodes import exit_code
     from vmgraft.cli.output import emit_json
+    from vmgraft.errors import HostError
     from vmgraft.vmmhost.doctor import examine
 
     found = examine()
-    code = exit_code(None if found["ready"] else "host")
+    code = exit_code(None if found["ready"] else HostError.code)
     if as_json:
-        emit_json({"ok": found["ready"], "exitCode": code, **found})
+        error = HostError("`vmgraft run` cannot work on this machine", hint="see engines and sandbox").to_dict()
+        emit_json({"ok": code == 0, "exitCode": code, **({"error": error} if code else {}), **found})
         return code
     for engine in found["engines"]:
         click.echo(f"{_mark(engine['usable'])}  engine {engine['name']:5} {engine['reason']}")

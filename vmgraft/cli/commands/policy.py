@@ -15,7 +15,10 @@ def policy() -> None:
     """Make and check trust policies."""
 
 
-@policy.command(epilog="Example: vmgraft policy init --trust acme.pub --grant-all-declared ./clock -o policy.json")
+@policy.command(
+    short_help="Write a first policy.",
+    epilog="Example: vmgraft policy init --trust acme.pub --grant-all-declared ./clock -o policy.json",
+)
 @click.option("--trust", "publics", type=FILE, multiple=True, required=True, help="Public key to trust; repeatable.")
 @click.option("--minimum", type=click.IntRange(1, 16), default=1, show_default=True, help="Keys that must sign.")
 @click.option(
@@ -86,7 +89,7 @@ def init(
     write_output(output, format_policy(document), what="policy")
 
 
-@policy.command(epilog="Example: vmgraft policy check policy.json")
+@policy.command(short_help="Check a policy.", epilog="Example: vmgraft policy check policy.json")
 @click.argument("path", type=FILE)
 @json_option
 def check(path: Path, as_json: bool) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -17,6 +19,10 @@ from vmgraft.cli.options import (
     quiet_option,
     root_option,
 )
+
+if TYPE_CHECKING:
+    from vmgraft.vendor.graft import Attached
+    from vmgraft.vendor.pack import Package
 
 
 @click.command(epilog="Example: vmgraft new ./my-clock --id com.acme.clock")
@@ -81,7 +87,7 @@ def attach(
     """
     from datetime import UTC
 
-    from vmgraft.cli.output import emit_ok, human_size, orderly_end, printable, progress_bar
+    from vmgraft.cli.output import emit_ok, orderly_end, progress_bar
     from vmgraft.cli.passphrase import existing_passphrase
     from vmgraft.imagefmt.contract import Placement
     from vmgraft.signing.keyfiles import load_private
@@ -102,29 +108,38 @@ def attach(
     signers = [load_private(key, source) for key in keys]
     with orderly_end(), progress_bar("digest", quiet=quiet or as_json) as progress:
         done = graft(image, packages, signers, options, progress)
-    locator = done.located.locator
-    placed = locator.placement.value if locator else placement
-    size = locator.record_size if locator else 0
     if as_json:
-        emit_ok(
-            {
-                "image": str(done.path),
-                "placement": placed,
-                "recordSize": size,
-                "statementSha256": done.statement_sha256,
-                "keyids": list(done.keyids),
-                "extensions": [{"id": package.id, "version": package.version} for package in packages],
-                "contentTree": done.content.tree_digest.hex(),
-            }
-        )
-        return
-    names = ", ".join(f"{package.id} {package.version}" for package in packages)
-    click.echo(f"attached  {names}")
-    click.echo(f"to        {printable(str(done.path))}  ({placed}, record of {human_size(size)})")
+        emit_ok(_attached_document(done, packages))
+    else:
+        _show_attached(done, packages)
+        _raw_recipes(done.path, root)
+
+
+def _attached_document(done: Attached, packages: Sequence[Package]) -> dict[str, Any]:
+    """Return the JSON object of ``attach``."""
+    locator = done.located.locator
+    return {
+        "image": str(done.path),
+        "placement": None if locator is None else locator.placement.value,
+        "recordSize": None if locator is None else locator.record_size,
+        "statementSha256": done.statement_sha256,
+        "keyids": list(done.keyids),
+        "extensions": [{"id": package.id, "version": package.version} for package in packages],
+        "contentTree": done.content.tree_digest.hex(),
+    }
+
+
+def _show_attached(done: Attached, packages: Sequence[Package]) -> None:
+    """Say what was attached, where to and under which keys."""
+    from vmgraft.cli.output import human_size, printable
+
+    locator = done.located.locator
+    placed = "" if locator is None else f"  ({locator.placement.value}, record of {human_size(locator.record_size)})"
+    click.echo(f"attached  {', '.join(f'{package.id} {package.version}' for package in packages)}")
+    click.echo(f"to        {printable(str(done.path))}{placed}")
     for keyid in done.keyids:
         click.echo(f"signed    {keyid}")
     click.echo(f"content   sha256 tree {done.content.tree_digest.hex()}, read back and verified")
-    _raw_recipes(done.path, root)
 
 
 def _raw_recipes(path: Path, root: Path | None) -> None:

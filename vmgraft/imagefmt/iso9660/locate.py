@@ -132,7 +132,7 @@ def _state(file: FlatFile, found: Found, locator: Locator, place: Appendix) -> t
         (missing > 0, GraftState.CUT, f"the last {missing} bytes are missing: the file was cut"),
         (not found.footer_sound, GraftState.DAMAGED, "the footer behind the record is not the locator's copy"),
         (found.undo is None, GraftState.DAMAGED, "the record's UNDO section is damaged"),
-        (_padding(file, locator, place), GraftState.DAMAGED, "another program wrote between content, record and footer"),
+        (_padding(file, locator, place), GraftState.DAMAGED, "another program wrote before or behind the record"),
         (mismatch, mismatch_state, "the record does not match the locator's digest"),
         (missing < 0, GraftState.GROWN, f"the file grew by {-missing} bytes behind the graft since attach"),
     )

@@ -118,6 +118,8 @@ def _check_detach(file: FlatFile, undo: Undo, found: Found, volume_space_size: i
             "another program changed the volume's size since attach: what lies behind the original is no longer ours",
             "copy the files out of the image, or go back to a copy from before",
         )
+    if volume_space_size * layout.SECTOR_SIZE > undo.file_size:
+        raise refuse("the volume is larger than the original image that UNDO speaks of")
     if found.field.startswith(MAGIC) and not undo.patches:
         raise refuse("UNDO lacks what stood in the volume descriptor")
     if size < undo.file_size:

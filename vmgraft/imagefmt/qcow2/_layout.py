@@ -135,4 +135,6 @@ MAX_REFCOUNT_ORDER: Final = 6  # spec, "refcount_order"
 MAX_BACKING_NAME: Final = 1023  # spec, "backing_file_size"
 MAX_EXTENSIONS: Final = 64
 MAX_SIZE: Final = (1 << 63) - 1
+MAX_DEFLATE_RATIO: Final = 1032  # zlib.net, "zlib Technical Details", maximum compression factor
+MIN_ZSTD_FRAME: Final = 9  # RFC 8878, 3.1.1: magic 4, frame header 2, block header 3
 SECTOR: Final = 512

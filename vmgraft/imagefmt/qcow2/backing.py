@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vmgraft.errors import FileError, MalformedImageError, UnsupportedError
-from vmgraft.imagefmt.contract import Extent, Image, Placement
+from vmgraft.imagefmt.contract import Extent, GraftState, Image
 from vmgraft.imagefmt.flatfile import FlatFile
 from vmgraft.imagefmt.qcow2 import _layout as lay
 
@@ -155,11 +155,28 @@ class RawBacking:
 Backing = Image | RawBacking
 
 
-def open_raw(file: FlatFile) -> RawBacking:
-    """Return a raw backing file as the guest saw it, without the trailer that a graft may have put behind it."""
+def open_raw(file: FlatFile, shown: int) -> RawBacking:
+    """Return a raw backing file as the guest saw it, without the trailer that a graft may have put behind it.
+
+    Args:
+        file: The backing file.
+        shown: How many bytes of it the image above can show at most.
+
+    Raises:
+        UnsupportedError: what stands behind the content would be shown and is not just a sound trailer. Hiding it would
+            give the image a digest that says nothing of bytes which every other program shows the guest.
+    """
     from vmgraft.imagefmt.raw.trailer import find_trailer
 
     found = find_trailer(file)
-    inline = found is not None and found.locator is not None and found.locator.placement is Placement.INLINE
-    size = found.locator.file_size if inline and found is not None and found.locator is not None else file.size
-    return RawBacking(file, min(size, file.size))
+    if found is None or found.locator is None or found.locator.file_size >= min(shown, file.size):
+        return RawBacking(file, file.size)
+    if found.state is not GraftState.OK:
+        raise UnsupportedError(
+            f"the graft of this backing file is not sound ({found.state.value}: {found.detail})",
+            file=file.path,
+            offset=found.locator_offset,
+            field="backing_file_name",
+            hint="restore the backing file, or detach its graft",
+        )
+    return RawBacking(file, found.locator.file_size)

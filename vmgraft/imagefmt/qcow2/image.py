@@ -127,7 +127,7 @@ class Qcow2Image(Image):
         try:
             if backing_format(header, flat.read(0, 4), self.path) == "raw":
                 self._chain.below(flat.fd, flat.path)
-                return open_raw(flat)
+                return open_raw(flat, header.size)
             below = Qcow2Image(flat, self._chain)
             below._open_content()  # a loop or a missing file shows now, not in the middle of a read
         except BaseException:

@@ -11,6 +11,7 @@ Where bytes other than zeros stood behind the extensions, they are kept in a *sp
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from enum import IntEnum
 from hashlib import sha256
@@ -24,6 +25,8 @@ from vmgraft.imagefmt.parse import parse_struct
 from vmgraft.imagefmt.qcow2.header import Header
 
 MAGIC: Final = b"VMGQNOTE"
+#: Longest list of foreign bytes behind the extensions that is carried along.
+MAX_SPILL: Final = 4096
 #: Sectors are written as a whole by every disk.
 SECTOR: Final = 512
 _VERSION: Final = 1
@@ -121,34 +124,42 @@ def find_note(header: Header, end_offset: int | None = None) -> Note | None:
     """Return the sound note in the first cluster that speaks of an end mark at ``end_offset`` (or anywhere), or None.
 
     The cluster is untrusted: a note counts only if its digest holds and every place in it lies where attach could have
-    put it.
+    put it. Among foreign bytes there may be the note of an older graft whose extension another program dropped. It
+    never is in the middle of a change, and the newer note's spill holds it, hence is longer.
     """
+    found = _notes(header, end_offset)
+    return max(found, key=lambda note: (note.phase is Phase.CHANGING, note.spill_size), default=None)
+
+
+def _notes(header: Header, end_offset: int | None) -> Iterator[Note]:
     data = header.first_cluster
     at = data.find(MAGIC, header.header_length if end_offset is None else end_offset)
     while at >= 0:
         piece = data[at : at + NOTE_SIZE]
         if at % 8 == 0 and len(piece) == NOTE_SIZE and sha256(piece[:-8]).digest()[:8] == piece[-8:]:
-            note = _parse(piece, at, header)
+            note = _parse(piece, at)
             if note is not None and end_offset in (None, note.end_offset) and _is_plausible(note, header):
-                return note
+                yield _with_spill_of(note, header)
         at = data.find(MAGIC, at + 1)
-    return None
 
 
-def _parse(piece: bytes, at: int, header: Header) -> Note | None:
+def _parse(piece: bytes, at: int) -> Note | None:
     raw = parse_struct(_NOTE, piece, file=None, offset=at, what="undo note", error=GraftFormatError)
     if raw.version != _VERSION or raw.phase not in list(Phase) or raw.flags & ~_FLAG_SIDECAR:
         return None
-    spill = header.first_cluster[raw.spill_offset : raw.spill_offset + raw.spill_size]
     names = ("end_offset", "area_end", "name_old", "name_new", "name_size", "spill_offset", "spill_size")
     return Note(
         offset=at,
         phase=Phase(raw.phase),
         sidecar=bool(raw.flags & _FLAG_SIDECAR),
-        spill=spill if sha256(spill).digest() == raw.spill_sha256 else b"",
         spill_sha256=bytes(raw.spill_sha256),
         **{name: getattr(raw, name) for name in names},
     )
+
+
+def _with_spill_of(note: Note, header: Header) -> Note:
+    spill = header.first_cluster[note.spill_offset : note.spill_offset + note.spill_size]
+    return replace(note, spill=spill) if sha256(spill).digest() == note.spill_sha256 else note
 
 
 def _is_plausible(note: Note, header: Header) -> bool:
@@ -159,4 +170,4 @@ def _is_plausible(note: Note, header: Header) -> bool:
     if note.name_size:
         spans += [(note.name_old, note.name_size), (note.name_new, note.name_size)]
     inside = high <= header.cluster_size and all(low <= start and start + size <= high for start, size in spans)
-    return inside and note.offset // SECTOR == (note.offset + NOTE_SIZE - 1) // SECTOR
+    return inside and note.spill_size <= MAX_SPILL and note.offset // SECTOR == (note.offset + NOTE_SIZE - 1) // SECTOR

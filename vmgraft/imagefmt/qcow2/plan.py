@@ -11,7 +11,7 @@ from vmgraft.imagefmt.contract import Patch, Room, Undo
 from vmgraft.imagefmt.locator import LOCATOR_SIZE
 from vmgraft.imagefmt.qcow2 import _layout as lay
 from vmgraft.imagefmt.qcow2.header import Header
-from vmgraft.imagefmt.qcow2.note import NOTE_SIZE, SECTOR, pack_spill
+from vmgraft.imagefmt.qcow2.note import MAX_SPILL, NOTE_SIZE, SECTOR, pack_spill
 
 #: An extension's data begins with 8 zero bytes: readers that lose their way in it meet an end mark at once.
 PREFIX_SIZE: Final = 8
@@ -24,8 +24,6 @@ LIBVIRT_READS: Final = 33_280
 MAX_EXTENSIONS_END: Final = LIBVIRT_READS - 1024
 #: Attach and detach care for this much of the first cluster and leave the rest alone.
 WINDOW: Final = 65536
-#: Longest list of foreign bytes behind the extensions that is carried along.
-MAX_SPILL: Final = 4096
 #: From this cluster size on, records may be inline.
 MIN_INLINE_CLUSTER: Final = 16384
 #: What later qemu-img operations may add to a header: v2 → v3 (40 + 8 + 392 bytes of feature names), bitmaps (32),

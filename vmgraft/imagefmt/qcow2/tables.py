@@ -310,6 +310,7 @@ class ClusterMap:
         """
         at, stop = 0, -(-self._header.size // self._cluster)
         step = max(1, _BATCH_UNITS // self._per_cluster)
+        budget = -(-self._data_size // self._cluster) * self._cluster
         while at < stop:
             mapped = self._skip_unmapped(at, stop)
             if mapped > at:
@@ -319,9 +320,22 @@ class ClusterMap:
                 continue
             count = min(step, stop - at)
             for run in self._batch(at, count, False):
+                budget -= self._least_stored(run)
+                if budget < 0:
+                    self._bad("l2_entry", "more guest data is mapped than the file can hold: clusters are used twice")
                 if run.start < self._header.size:
                     yield self._clip(run, 0, self._header.size)
             at += count
+
+    def _least_stored(self, run: Run) -> int:
+        """Return how many bytes of the file a run takes at least."""
+        if run.kind is RunKind.DATA:
+            return run.length
+        if run.kind is not RunKind.COMPRESSED:
+            return 0
+        if self._header.compression_type == lay.COMPRESSION_ZSTD:
+            return lay.MIN_ZSTD_FRAME
+        return self._cluster // lay.MAX_DEFLATE_RATIO
 
     @staticmethod
     def _clip(run: Run, start: int, end: int) -> Run:

@@ -83,7 +83,8 @@ class RawImage(Image):
             return Located(sidecar.state, sidecar.detail, record=sidecar.record)
         state, detail = sidecar.state, sidecar.detail
         if locator.placement is not Placement.SIDECAR:
-            return Located(GraftState.DAMAGED, "the locator in the sidecar is not one of a sidecar", record=sidecar.record)
+            detail = "the locator in the sidecar is not one of a sidecar"
+            return Located(GraftState.DAMAGED, detail, record=sidecar.record)
         if state is GraftState.OK and self._file.size > locator.file_size:
             state, detail = GraftState.GROWN, f"the image grew from {locator.file_size} bytes since attach"
         elif state is GraftState.OK and self._file.size < locator.file_size:

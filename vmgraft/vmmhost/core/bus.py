@@ -29,6 +29,8 @@ MMIO_END: Final = 1 << 32
 MMIO_RESERVED: Final = ((0xFEC00000, 0xFED00000), (0xFEE00000, 0xFEF00000), (0xFFFBC000, 1 << 32))
 #: Ports of the interrupt controllers and the timer, which KVM serves in the kernel.
 IRQCHIP_PORTS: Final = ((0x20, 0x21), (0x40, 0x43), (0xA0, 0xA1), (0x4D0, 0x4D1))
+#: Widths that a handler of MMIO knows, in bytes.
+_MMIO_SIZES: Final = (1, 2, 4, 8)
 #: Longest I/O trace kept; later events are only counted.
 TRACE_MAX: Final = 1_000_000
 
@@ -65,14 +67,15 @@ class _Hypercall(Claim):
     handler: HypercallHandler
 
 
-class _Reserved:
+class Reserved:
     """Answers ports that are taken, but not by anything in this process."""
 
     def pio_read(self, offset: int, size: int) -> int:
+        """Nothing to read."""
         return ALL_ONES_64
 
     def pio_write(self, offset: int, size: int, value: int) -> None:
-        return
+        """Nothing to write."""
 
 
 class Bus:
@@ -121,7 +124,7 @@ class Bus:
         """Take the ports that the kernel serves, so that nobody else claims them in vain."""
         for first, last in IRQCHIP_PORTS:
             if first not in self._ports:
-                self.claim_pio(first, last, _Reserved(), CORE, traced=False)
+                self.claim_pio(first, last, Reserved(), CORE, traced=False)
 
     def claim_mmio(self, base: int, size: int, handler: MmioHandler, owner: str) -> None:
         """Answer guest-physical addresses ``base`` up to ``base + size`` by ``handler``.
@@ -161,12 +164,9 @@ class Bus:
         """Return everybody but the core who claimed something, sorted."""
         return tuple(sorted(self._owners))
 
-    def trial(self) -> Bus:
-        """Return a bus with the same claims and no machine, on which further claims can be tried."""
-        copy = Bus(self._ram_end)
-        copy._pio, copy._mmio, copy._hypercalls = [*self._pio], [*self._mmio], [*self._hypercalls]
-        copy._ports = dict(self._ports)
-        return copy
+    def ports_of(self, owner: str) -> tuple[tuple[int, int], ...]:
+        """Return the port ranges of an owner, sorted."""
+        return tuple(sorted((claim.first, claim.last) for claim in self._pio if claim.owner == owner))
 
     def _note(self, owner: str) -> None:
         if owner != CORE:
@@ -230,12 +230,18 @@ class Bus:
 
     def mmio_read(self, gpa: int, size: int) -> int:
         """Answer a read outside RAM; unclaimed addresses give all ones."""
-        claim = self._find_mmio(gpa, size)
         mask = (1 << (8 * size)) - 1
+        if size not in _MMIO_SIZES:  # what is left of an access that crosses a page
+            return sum((self.mmio_read(gpa + index, 1) & 0xFF) << (8 * index) for index in range(size))
+        claim = self._find_mmio(gpa, size)
         return mask if claim is None else claim.handler.mmio_read(gpa - claim.first, size) & mask
 
     def mmio_write(self, gpa: int, size: int, value: int) -> None:
         """Take a write outside RAM; unclaimed addresses drop it."""
+        if size not in _MMIO_SIZES:
+            for index in range(size):
+                self.mmio_write(gpa + index, 1, value >> (8 * index) & 0xFF)
+            return
         claim = self._find_mmio(gpa, size)
         if claim is not None:
             claim.handler.mmio_write(gpa - claim.first, size, value)

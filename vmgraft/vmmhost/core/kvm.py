@@ -77,7 +77,7 @@ def _libc_ioctl(fd: int, request: int, argument: int | ctypes.Array[ctypes.c_cha
         raise HostError(f"{what} failed: {os.strerror(ctypes.get_errno())}", file=DEVICE)
 
 
-def _ioctl(fd: int, request: int, argument: int | bytes, what: str) -> int:
+def _ioctl(fd: int, request: int, argument: int | bytes | bytearray, what: str) -> int:
     try:
         result = fcntl.ioctl(fd, request, argument)
     except OSError as error:
@@ -221,7 +221,7 @@ class Vcpu(_Descriptor):
     def get_sregs(self) -> bytearray:
         """Return ``struct kvm_sregs``."""
         raw = bytearray(abi.SREGS_SIZE)
-        fcntl.ioctl(self.fd, abi.KVM_GET_SREGS, raw)
+        _ioctl(self.fd, abi.KVM_GET_SREGS, raw, "KVM_GET_SREGS")
         return raw
 
     def set_sregs(self, raw: bytes | bytearray) -> None:
@@ -236,7 +236,7 @@ class Vcpu(_Descriptor):
     def halted(self) -> bool:
         """Whether the vCPU sleeps in HLT (in-kernel interrupt controller)."""
         raw = bytearray(abi.MP_STATE.size)
-        fcntl.ioctl(self.fd, abi.KVM_GET_MP_STATE, raw)
+        _ioctl(self.fd, abi.KVM_GET_MP_STATE, raw, "KVM_GET_MP_STATE")
         return bool(abi.MP_STATE.unpack(raw)[0] == abi.MP_STATE_HALTED)
 
     def immediate_exit(self, wanted: bool) -> None:

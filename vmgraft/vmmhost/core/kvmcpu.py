@@ -37,6 +37,18 @@ _SEGMENT_AT = {name: abi.RUN_SYNC_SREGS + abi.SEGMENT.size * index for index, na
 _CR0_AT = abi.RUN_SYNC_SREGS + abi.SREGS_CR0
 
 
+def require_main_thread() -> None:
+    """Refuse other threads, where Python does not set the signal handlers that interrupting a guest takes.
+
+    Raises:
+        EngineUnavailableError: outside the main thread.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        raise EngineUnavailableError(
+            "the KVM engine runs in the main thread only", hint="choose the soft engine in other threads"
+        )
+
+
 @contextmanager
 def periodic_kick(seconds: float) -> Iterator[None]:
     """Interrupt system calls of the main thread every ``seconds``; restore handler and timer afterwards.
@@ -46,8 +58,7 @@ def periodic_kick(seconds: float) -> Iterator[None]:
     Raises:
         HostError: outside the main thread, where Python does not set signal handlers.
     """
-    if threading.current_thread() is not threading.main_thread():
-        raise HostError("the KVM engine runs in the main thread only", hint="choose the soft engine in other threads")
+    require_main_thread()
     handler = signal.signal(signal.SIGALRM, lambda _number, _frame: None)
     start = time.monotonic()
     left, interval = signal.setitimer(signal.ITIMER_REAL, seconds, seconds)
@@ -85,6 +96,7 @@ class KvmCpu(Cpu):
             raise EngineUnavailableError(error.message, file=error.file, hint=hint) from error
         self._area = self._vcpu.area
         self._start: int | None = None
+        self._next_poll = 0.0
 
     def _build(self, kvm: Kvm) -> Vm:
         vm = kvm.create_vm()
@@ -150,7 +162,7 @@ class KvmCpu(Cpu):
 
     def _loop(self, dispatcher: Dispatcher) -> CpuEnd | None:
         vcpu, exits = self._vcpu, self.exits
-        next_poll = time.monotonic() + dispatcher.poll_seconds
+        self._next_poll = time.monotonic() + dispatcher.poll_seconds
         while not dispatcher.stopping:
             leave = vcpu.run()
             if isinstance(leave, PioExit):
@@ -169,11 +181,14 @@ class KvmCpu(Cpu):
                 exits["kick"] += 1
                 if vcpu.halted() and not self.get("rflags") & FLAG_INTERRUPT:
                     return CpuEnd(EndReason.HALT, f"HLT with interrupts off at {self._where()}")
-            now = time.monotonic()
-            if now >= next_poll:
-                next_poll = now + dispatcher.poll_seconds
-                dispatcher.poll()
+            self._poll(dispatcher)
         return None
+
+    def _poll(self, dispatcher: Dispatcher) -> None:
+        now = time.monotonic()
+        if now >= self._next_poll:
+            self._next_poll = now + dispatcher.poll_seconds
+            dispatcher.poll()
 
     def _settle(self) -> None:
         """Complete the access the guest is in the midst of, so that its registers are those after it."""
@@ -192,6 +207,10 @@ class KvmCpu(Cpu):
             else:
                 value = dispatcher.pio_read(leave.port, size) & mask
                 area[start : start + size] = value.to_bytes(size, "little")
+            # One exit may stand for thousands of accesses, and each of them may be slow.
+            self._poll(dispatcher)
+            if dispatcher.stopping:
+                return
 
     def _mmio(self, leave: MmioExit, dispatcher: Dispatcher) -> None:
         if leave.write:

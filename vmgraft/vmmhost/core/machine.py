@@ -25,10 +25,11 @@ from vmgraft.vmmhost.core.contract import EndReason, PioEvent, PioHandler, TickH
 from vmgraft.vmmhost.core.cpu import TICK_SECONDS, Cpu
 from vmgraft.vmmhost.core.devices import board
 from vmgraft.vmmhost.core.devices.cmos import Cmos
-from vmgraft.vmmhost.core.devices.serial import COM1, Serial
+from vmgraft.vmmhost.core.devices.serial import Serial
 from vmgraft.vmmhost.core.disk import VerifiedDisk
 from vmgraft.vmmhost.core.firmware.bios import Firmware
 from vmgraft.vmmhost.core.memory import DEFAULT_MIB, GuestRam
+from vmgraft.vmmhost.core.portmap import CORE_PORTS
 from vmgraft.vmmhost.core.probe import Engine, open_cpu
 from vmgraft.vmmhost.core.screen import TextScreen
 
@@ -36,6 +37,8 @@ from vmgraft.vmmhost.core.screen import TextScreen
 UNTIL_SECONDS: Final = 0.05
 #: Bytes of serial and debug output kept for the result; the sink gets all of it.
 OUTPUT_KEPT: Final = 4 << 20
+#: Signals that ask a program to end.
+END_SIGNALS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 #: First second of the year 3000, UTC.
 RTC_END: Final = 32_503_680_000
 
@@ -140,7 +143,7 @@ class Machine:
             self._cpu = open_cpu(engine, self.ram)
             self.bus = Bus(self.ram.size, trace=trace)
             self._build(self._cpu, keys, rtc_epoch, stop_on_key_wait)
-        except VmgraftError:
+        except BaseException:
             self.close()
             raise
 
@@ -153,21 +156,21 @@ class Machine:
         for first, last, handler in getattr(cpu, "ports", ()):
             bus.claim_pio(first, last, handler, CORE, traced=False)
         bus.reserve_irqchip()
-        devices: tuple[tuple[int, int, PioHandler], ...] = (
-            (COM1, COM1 + 7, Serial(self._serial_out)),
-            (0x70, 0x71, cmos),
-            (0x60, 0x60, keyboard),
-            (0x64, 0x64, _Offset(keyboard, 4)),
-            (0x61, 0x61, board.SpeakerPort()),
-            (0x92, 0x92, board.SystemControl(self.stop)),
-            (0x3D4, 0x3DA, board.Crtc()),
-            (0x402, 0x402, board.DebugPort(self._debug, 0xE9)),
-            (0xE9, 0xE9, board.DebugPort(self._debug, 0xE9)),
-            (board.POWER_PORT, board.POWER_PORT + 1, board.PowerControl(self.stop)),
-            (board.SHUTDOWN_PORT, board.SHUTDOWN_PORT, board.ShutdownText(self.stop)),
-        )
-        for first, last, handler in devices:
-            bus.claim_pio(first, last, handler, CORE)
+        devices: dict[str, PioHandler] = {
+            "com1": Serial(self._serial_out),
+            "cmos": cmos,
+            "keyboard data": keyboard,
+            "keyboard command": _Offset(keyboard, 4),
+            "speaker": board.SpeakerPort(),
+            "system control": board.SystemControl(self.stop),
+            "crtc": board.Crtc(),
+            "debug 402": board.DebugPort(self._debug, 0xE9),
+            "debug e9": board.DebugPort(self._debug, 0xE9),
+            "power": board.PowerControl(self.stop),
+            "shutdown": board.ShutdownText(self.stop),
+        }
+        for name, device in devices.items():
+            bus.claim_pio(*CORE_PORTS[name], device, CORE)
         self.firmware = Firmware(
             cpu, bus, self.disk, self.plan, cmos, keys=keys, host=self, stop_on_key_wait=stop_on_key_wait
         )
@@ -204,6 +207,10 @@ class Machine:
             raise ValueError(f"interrupt line {line} does not exist")
         self.cpu.set_irq(line, level)
 
+    def time_left(self) -> float:
+        """Return the wall-clock seconds until the time limit, never below 0; infinite without one."""
+        return max(0.0, self._deadline - time.monotonic())
+
     def add_tick(self, handler: TickHandler) -> None:
         """Call ``handler`` about every 10 ms of wall-clock time, between guest instructions."""
         self._tick_handlers.append(handler)
@@ -222,6 +229,8 @@ class Machine:
 
         Raises:
             HostError: when the machine already ran, or KVM is used outside the main thread.
+
+        What ``serial`` raises ends the run and comes out as it is.
         """
         if self._started:
             raise HostError("a machine runs once")
@@ -229,7 +238,7 @@ class Machine:
         cpu, start = self.cpu, time.monotonic()
         self._deadline = start + (self._timeout or float("inf"))
         self._next_look = start
-        with _interrupts(self.stop):
+        with _signals(self.stop):
             try:
                 end = cpu.run(self.bus)
             except ContentMismatchError as error:
@@ -319,18 +328,21 @@ class _Offset:
 
 
 @contextmanager
-def _interrupts(stop: Callable[[EndReason, str], None]) -> Iterator[None]:
-    """Let Ctrl-C end the run instead of raising in the midst of it; the old handler comes back afterwards."""
-    old = signal.getsignal(signal.SIGINT)
-    if threading.current_thread() is not threading.main_thread() or old in (signal.SIG_IGN, None):
+def _signals(stop: Callable[[EndReason, str], None]) -> Iterator[None]:
+    """Let Ctrl-C, SIGTERM and SIGHUP end the run in order, not in the midst of it; the old handlers come back."""
+    if threading.current_thread() is not threading.main_thread():
         yield
         return
 
-    def on_interrupt(_number: int, _frame: FrameType | None) -> None:
-        stop(EndReason.INTERRUPTED, "Ctrl-C")
+    def on_signal(number: int, _frame: FrameType | None) -> None:
+        stop(EndReason.INTERRUPTED, "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name)
 
-    signal.signal(signal.SIGINT, on_interrupt)
+    old = {number: signal.getsignal(number) for number in END_SIGNALS}
+    taken = {number: handler for number, handler in old.items() if handler not in (signal.SIG_IGN, None)}
+    for number in taken:
+        signal.signal(number, on_signal)
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, old)
+        for number, handler in taken.items():
+            signal.signal(number, handler)

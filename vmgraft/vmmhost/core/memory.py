@@ -16,7 +16,7 @@ import mmap
 from collections.abc import Callable
 from typing import Final
 
-from vmgraft.errors import UsageError
+from vmgraft.errors import HostError, UsageError
 
 MIB: Final = 1 << 20
 LOW_END: Final = 0xC0000
@@ -34,6 +34,23 @@ E820_RAM: Final = 1
 E820_RESERVED: Final = 2
 
 
+def ram_bytes(mib: int) -> int:
+    """Return the end of RAM for a machine of ``mib`` MiB.
+
+    Raises:
+        UsageError: when the size is out of bounds.
+    """
+    if not MIN_MIB <= mib <= MAX_MIB:
+        raise UsageError(f"guest memory of {mib} MiB is out of bounds", hint=f"from {MIN_MIB} to {MAX_MIB} MiB")
+    return mib * MIB
+
+
+def is_ram(gpa: int, length: int, ram_end: int) -> bool:
+    """Whether the whole range is RAM in a machine whose RAM ends at ``ram_end``."""
+    end = gpa + length
+    return length >= 0 and (0 <= gpa <= end <= LOW_END or HIGH_BASE <= gpa <= end <= ram_end)
+
+
 class GuestRam:
     """All RAM of a machine in one anonymous mapping, where offset = guest-physical address.
 
@@ -44,14 +61,16 @@ class GuestRam:
 
     Raises:
         UsageError: when the size is out of bounds.
+        HostError: when this computer does not give that much.
     """
 
     def __init__(self, mib: int = DEFAULT_MIB) -> None:
-        if not MIN_MIB <= mib <= MAX_MIB:
-            raise UsageError(f"guest memory of {mib} MiB is out of bounds", hint=f"from {MIN_MIB} to {MAX_MIB} MiB")
-        self.size = mib * MIB
-        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
-        self.map = mmap.mmap(-1, self.size, flags=flags)
+        self.size = ram_bytes(mib)
+        try:
+            self.map = mmap.mmap(-1, self.size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        except OSError as error:
+            hint = "give the guest less memory"
+            raise HostError(f"no {mib} MiB of guest memory: {error.strerror}", hint=hint) from error
         #: Told (gpa, length) of every host-side write; an engine that caches translated code sets it.
         self.written: Callable[[int, int], None] | None = None
 
@@ -70,8 +89,7 @@ class GuestRam:
 
     def writable(self, gpa: int, length: int) -> bool:
         """Whether the whole range is RAM."""
-        end = gpa + length
-        return length >= 0 and (0 <= gpa <= end <= LOW_END or HIGH_BASE <= gpa <= end <= self.size)
+        return is_ram(gpa, length, self.size)
 
     def read(self, gpa: int, length: int) -> bytes:
         """Return guest memory.

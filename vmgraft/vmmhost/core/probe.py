@@ -110,8 +110,9 @@ def probe_soft() -> EngineInfo:
 
 
 def _open_kvm(ram: GuestRam) -> Cpu:
-    from vmgraft.vmmhost.core.kvmcpu import KvmCpu
+    from vmgraft.vmmhost.core.kvmcpu import KvmCpu, require_main_thread
 
+    require_main_thread()
     info = probe_kvm()
     if not info.usable:
         raise EngineUnavailableError(info.reason, file="/dev/kvm", hint="choose --cpu soft")

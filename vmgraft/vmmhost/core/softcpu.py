@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import time
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any, Final
 
@@ -76,8 +77,10 @@ class SoftCpu(Cpu):
         self._now = 0
         self._vector: int | None = None
         self._accesses = 0
+        self._next_poll = 0.0
         self._single_step = self._rom_dirty = False
         self._rom = b""
+        self._raised: BaseException | None = None
         self._watched: dict[int, int] = {}  # linear address of a possible HLT -> Unicorn hook
         self._to_watch: int | None = None
         self._halt_at: int | None = None
@@ -172,31 +175,46 @@ class SoftCpu(Cpu):
         self._accesses += 1
         return self._dispatcher
 
+    def _served(self, uc: Any, dispatcher: Dispatcher) -> None:
+        """After an access, which may have been slow: look around in time, and end the slice where called for."""
+        self._poll(dispatcher)
+        if dispatcher.stopping or self._accesses >= _ACCESSES_MAX:
+            uc.emu_stop()
+
+    def _read(self, uc: Any, dispatcher: Dispatcher, access: Callable[[int, int], int], address: int, size: int) -> int:
+        """Answer a read. An exception waits for the end of the slice: the engine's binding would print it as well."""
+        try:
+            value = access(address, size) & ((1 << (8 * size)) - 1)
+            self._served(uc, dispatcher)
+        except BaseException as error:  # noqa: BLE001 - `_slice` raises it again
+            self._raised = error
+            uc.emu_stop()
+            return 0
+        return value
+
+    def _poll(self, dispatcher: Dispatcher) -> None:
+        now = time.monotonic()
+        if now >= self._next_poll:
+            self._next_poll = now + dispatcher.poll_seconds
+            dispatcher.poll()
+
     def _out(self, uc: Any, port: int, size: int, value: int, _data: Any) -> None:
         dispatcher = self._count("pio")
         dispatcher.pio_write(port, size, value & ((1 << (8 * size)) - 1))
-        if dispatcher.stopping or self._accesses >= _ACCESSES_MAX:
-            uc.emu_stop()
+        self._served(uc, dispatcher)
 
     def _in(self, uc: Any, port: int, size: int, _data: Any) -> int:
         dispatcher = self._count("pio")
-        value = dispatcher.pio_read(port, size) & ((1 << (8 * size)) - 1)
-        if dispatcher.stopping or self._accesses >= _ACCESSES_MAX:
-            uc.emu_stop()
-        return value
+        return self._read(uc, dispatcher, dispatcher.pio_read, port, size)
 
     def _mmio_read(self, uc: Any, offset: int, size: int, start: int) -> int:
         dispatcher = self._count("mmio")
-        value = dispatcher.mmio_read(start + offset, size) & ((1 << (8 * size)) - 1)
-        if dispatcher.stopping or self._accesses >= _ACCESSES_MAX:
-            uc.emu_stop()
-        return value
+        return self._read(uc, dispatcher, dispatcher.mmio_read, start + offset, size)
 
     def _mmio_write(self, uc: Any, offset: int, size: int, value: int, start: int) -> None:
         dispatcher = self._count("mmio")
         dispatcher.mmio_write(start + offset, size, value & ((1 << (8 * size)) - 1))
-        if dispatcher.stopping or self._accesses >= _ACCESSES_MAX:
-            uc.emu_stop()
+        self._served(uc, dispatcher)
 
     def _rom_write(self, _uc: Any, _access: int, _address: int, _size: int, _value: int, _data: Any) -> bool:
         """Let a write into the ROM pass, which the engine cannot drop; it is undone at the end of the slice."""
@@ -231,7 +249,7 @@ class SoftCpu(Cpu):
             self._dispatcher = None
 
     def _loop(self, dispatcher: Dispatcher) -> CpuEnd | None:
-        next_poll = time.monotonic() + dispatcher.poll_seconds
+        self._next_poll = time.monotonic() + dispatcher.poll_seconds
         while not dispatcher.stopping:
             self._prepare()
             if self._slice(dispatcher):
@@ -239,10 +257,7 @@ class SoftCpu(Cpu):
             end = self._after_slice(dispatcher)
             if end is not None:
                 return end
-            now = time.monotonic()
-            if now >= next_poll:
-                next_poll = now + dispatcher.poll_seconds
-                dispatcher.poll()
+            self._poll(dispatcher)
         return None
 
     def _prepare(self) -> None:
@@ -259,6 +274,8 @@ class SoftCpu(Cpu):
             count = 1
         self.exits["slice"] += 1
         self._uc.emu_start(self._pc(), _NEVER, count=count)
+        if self._raised is not None:
+            raise self._raised
         if self._rom_dirty:
             self._rom_dirty = False
             self.ram.load_rom(self._rom)

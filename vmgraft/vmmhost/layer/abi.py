@@ -27,6 +27,8 @@ MAX_ACCESS_BYTES: Final = 4096
 MAX_COPY_BYTES: Final = 65536
 #: Longest line that one ``log`` call may write; the rest of it is cut off.
 MAX_LOG_BYTES: Final = 1024
+#: What a line counts at least against ``logBytes``: its record in the audit log is longer than its text.
+MIN_LOG_COST: Final = 64
 #: Shortest interval that ``set_tick`` can ask for: the host's own tick, in nanoseconds.
 MIN_TICK_NS: Final = 10_000_000
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol, Self
 
@@ -35,6 +36,7 @@ class ExtensionHost:
         zygote: One that was started earlier; it stays the caller's to close. None to start one here.
         start_seconds: Wall-clock limit for one worker to get ready.
         compile_cpu_seconds: CPU limit for compiling one module.
+        time_left: Wall-clock seconds until the guest is stopped anyway; no worker is waited for beyond.
         cpu: Processor to keep the workers on; pays off when it is the one that the vCPU's thread is kept on.
 
     Raises:
@@ -53,6 +55,7 @@ class ExtensionHost:
         zygote: Zygote | None = None,
         start_seconds: float = 15.0,
         compile_cpu_seconds: int = 10,
+        time_left: Callable[[], float] = lambda: math.inf,
         cpu: int | None = None,
     ) -> None:
         ids = [spec.id for spec in specs]
@@ -61,7 +64,7 @@ class ExtensionHost:
                 raise UsageError(f"extension {name} is there twice", field="id")
         self._specs = tuple(specs)
         self._around = Surroundings(
-            memory, audit, stop, clock, deterministic_seed, start_seconds, compile_cpu_seconds, cpu
+            memory, audit, stop, clock, deterministic_seed, start_seconds, compile_cpu_seconds, time_left, cpu
         )
         self._zygote = zygote
         self._own_zygote: Zygote | None = None

@@ -9,7 +9,7 @@ from typing import Final, NoReturn
 
 from vmgraft.errors import CapabilityError, GraftFormatError, HostError, VmgraftError
 from vmgraft.vmmhost.core.contract import GuestMemory
-from vmgraft.vmmhost.layer.abi import MASK64, Grant, Hook
+from vmgraft.vmmhost.layer.abi import MASK64, MIN_LOG_COST, Grant, Hook
 from vmgraft.vmmhost.layer.faults import FaultKind, WorkerFaultError
 from vmgraft.vmmhost.layer.protocol import (
     MAX_REQUESTS,
@@ -109,7 +109,7 @@ class WorkerLink:
         """
         spec, limits = self._spec, self._spec.limits
         message = Setup(
-            grant_of(spec), spec.config, len(spec.module), limits.memory_mib, max(self._events.log_left, 0),
+            grant_of(spec), spec.config, len(spec.module), limits.memory_mib, self._events.log_left,
             limits.fuel_per_call, cpu_seconds, spec.min_isolation, seed,
         )  # fmt: skip
         deadline = time.monotonic() + seconds
@@ -176,10 +176,8 @@ class WorkerLink:
                 self._write_guest(request)
                 self._send(frame(Kind.GUEST_DONE, self._seq), "call")
             case Kind.LOG if self._spec.log and 0 < request.length <= self._events.log_left:
-                self._events.log_left -= request.length
-                self._events.on_log(request.payload, request.value == 1)
-            case Kind.LOG if self._spec.log and not request.length:
-                pass
+                self._events.log_left = max(0, self._events.log_left - max(request.length, MIN_LOG_COST))
+                self._events.on_log(request.payload, not self._events.log_left)
             case Kind.STOP if self._spec.stop:
                 self._events.stop_asked = True
             case Kind.SET_TICK if self._spec.tick:

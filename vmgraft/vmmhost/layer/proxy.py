@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import math
 import os
 import secrets
 import time
@@ -50,6 +51,7 @@ class Surroundings:
         seed: None for real randomness; bytes for runs that can be repeated.
         start_seconds: Wall-clock time for a worker to get ready.
         compile_cpu_seconds: CPU time of it that compiling may use.
+        time_left: Wall-clock seconds until the machine is stopped anyway.
         cpu: Processor to keep the workers on, or None. On the vCPU thread's own a call takes a third of the time.
     """
 
@@ -60,6 +62,7 @@ class Surroundings:
     seed: bytes | None = None
     start_seconds: float = 15.0
     compile_cpu_seconds: int = 10
+    time_left: Callable[[], float] = lambda: math.inf
     cpu: int | None = None
 
 
@@ -95,7 +98,7 @@ class ExtensionProxy:
         self._interval = 1.0 / spec.limits.calls_per_second
         self._next_call = 0.0
         self._next_tick: int | None = None
-        self._closed = False
+        self._stop_asked = self._closed = False
 
     # --- life ---
 
@@ -147,14 +150,14 @@ class ExtensionProxy:
 
     def _launch(self) -> None:
         around = self._around
-        began = time.monotonic()
-        process = self._zygote.spawn(self.spec.limits.memory_mib, around.start_seconds)
+        began, seconds = time.monotonic(), min(around.start_seconds, around.time_left())
+        process = self._zygote.spawn(self.spec.limits.memory_mib, seconds)
         if around.cpu is not None:
             with contextlib.suppress(OSError):  # a processor that is not ours to use only costs time
                 os.sched_setaffinity(process.pid, {around.cpu})
         self._events.tick_ns, self._events.stop_asked, self._next_tick = None, False, None
         link = self._link = WorkerLink(self.spec, process, self._zygote, around.memory, self._events)
-        ready = link.start(self._seed(), around.start_seconds, around.compile_cpu_seconds)
+        ready = link.start(self._seed(), seconds, around.compile_cpu_seconds)
         check_isolation(self.spec, ready)
         self.ready, self._hooks = ready, ready.hooks
         self._record(
@@ -260,7 +263,9 @@ class ExtensionProxy:
                 self._next_tick = self._around.clock() + max(events.tick_ns, MIN_TICK_NS)
         if events.stop_asked:
             events.stop_asked = False
-            self._record("stop-request")
+            if not self._stop_asked:  # one record, however often a module asks
+                self._stop_asked = True
+                self._record("stop-request")
             self._around.stop(f"extension {self.spec.id} asked to stop the guest")
 
     def _log(self, line: bytes, over: bool) -> None:
@@ -299,7 +304,9 @@ class ExtensionProxy:
 
     def _action(self) -> FaultAction:
         wish = self.spec.fault
-        if wish.action is FaultAction.RESTART and self.counters.restarts >= wish.restarts:
+        if wish.action is FaultAction.RESTART and (
+            self.counters.restarts >= wish.restarts or self._around.time_left() <= 0
+        ):
             return FaultAction.STOP
         return wish.action
 

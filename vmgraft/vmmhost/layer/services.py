@@ -12,6 +12,7 @@ from vmgraft.vmmhost.layer.abi import (
     MAX_ACCESS_BYTES,
     MAX_COPY_BYTES,
     MAX_LOG_BYTES,
+    MIN_LOG_COST,
     Signature,
 )
 from vmgraft.vmmhost.layer.engine import Invoke, Machine, ModuleTrapError
@@ -102,12 +103,11 @@ class Services:
 
     def _log(self, pointer: int, length: int) -> None:
         text = self._load(pointer, min(length, MAX_LOG_BYTES))
-        if self._log_left <= 0:
+        if self._log_left <= 0 or not text:
             return
         sent = text[: self._log_left]
-        self._log_left -= len(text)
-        # The flag in the value tells the host that this line used up the quota.
-        self._requests.tell(Kind.LOG, int(self._log_left <= 0), sent)
+        self._log_left -= max(len(text), MIN_LOG_COST)
+        self._requests.tell(Kind.LOG, 0, sent)
 
     def _now(self) -> int:
         return self.now

@@ -74,8 +74,13 @@ class Zygote:
         """
         if not sys.executable:
             raise HostError("the Python interpreter is not known", hint="run vmgraft under a normal Python")
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        errors = os.memfd_create("vmgraft-zygote-errors")
+        ours, theirs = _socket_pair()
+        try:
+            errors = os.memfd_create("vmgraft-zygote-errors")
+        except OSError as error:
+            ours.close()
+            theirs.close()
+            raise HostError(f"the zygote does not start: {error.strerror}") from error
         paths = [str(Path(vmgraft.__file__).parents[1]), *(path for path in sys.path if Path(path).is_absolute())]
         command = [sys.executable, "-I", "-c", _BOOT, str(theirs.fileno()), str(os.getpid()), json.dumps(paths)]
         try:
@@ -122,7 +127,7 @@ class Zygote:
         """
         self.wait_ready()
         deadline = time.monotonic() + seconds
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        ours, theirs = _socket_pair()
         try:
             try:
                 socket.send_fds(self._control, [SPAWN.pack(b"S", memory_mib)], [theirs.fileno()])
@@ -195,6 +200,14 @@ class Zygote:
     def _last_words(self) -> str | None:
         lines = os.pread(self._errors, 65536, 0).decode("utf-8", "replace").strip().splitlines()
         return lines[-1] if lines else None
+
+
+def _socket_pair() -> tuple[socket.socket, socket.socket]:
+    try:
+        return socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    except OSError as error:
+        hint = "close files, or raise the limit (ulimit -n)"
+        raise HostError(f"no socket for a worker: {error.strerror}", hint=hint) from error
 
 
 def describe_status(status: int | None) -> str:

@@ -6,14 +6,13 @@ from collections.abc import Callable
 from typing import Final
 
 from vmgraft.vmmhost.core.contract import EndReason
+from vmgraft.vmmhost.core.portmap import CORE_PORTS
 
 Stop = Callable[[EndReason, str], None]
 
-#: PM1a control port of QEMU's ``pc`` machine with its S5 value: SLP_EN with SLP_TYP 0 (ACPI 6.5, 4.8.3.2).
-POWER_PORT: Final = 0x604
+#: The S5 value of QEMU's ``pc`` machine: SLP_EN with SLP_TYP 0 (ACPI 6.5, 4.8.3.2).
 POWER_OFF: Final = 0x2000
-#: Text port of Bochs, and where it writes "Shutdown" to power off.
-SHUTDOWN_PORT: Final = 0x8900
+#: What software written for Bochs sends to power off.
 _SHUTDOWN_WORD: Final = b"Shutdown"
 
 
@@ -118,7 +117,7 @@ class PowerControl:
     def pio_write(self, offset: int, size: int, value: int) -> None:
         """Power off on the S5 value."""
         if offset == 0 and size == 2 and value & POWER_OFF:
-            self._stop(EndReason.SHUTDOWN, f"port {POWER_PORT:#x}")
+            self._stop(EndReason.SHUTDOWN, f"port {CORE_PORTS['power'][0]:#x}")
 
 
 class ShutdownText:
@@ -135,7 +134,7 @@ class ShutdownText:
         """Match the next byte."""
         self._seen = (self._seen + bytes((value & 0xFF,)))[-len(_SHUTDOWN_WORD) :]
         if self._seen == _SHUTDOWN_WORD:
-            self._stop(EndReason.SHUTDOWN, f"port {SHUTDOWN_PORT:#x}")
+            self._stop(EndReason.SHUTDOWN, f"port {CORE_PORTS['shutdown'][0]:#x}")
 
 
 class Crtc:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Final
 
-COM1: Final = 0x3F8
 #: Line status: transmitter and holding register empty (National PC16550D, table II).
 LSR_EMPTY: Final = 0x60
 #: Modem status: carrier, data set ready, clear to send.

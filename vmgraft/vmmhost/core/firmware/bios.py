@@ -19,9 +19,9 @@ from vmgraft.vmmhost.core.firmware.keyboard import Keyboard
 from vmgraft.vmmhost.core.firmware.system import System
 from vmgraft.vmmhost.core.firmware.video import Video
 from vmgraft.vmmhost.core.memory import ROM_BASE
+from vmgraft.vmmhost.core.portmap import CORE_PORTS
 
-#: As in data/trapbios.asm.
-TRAP_PORT: Final = 0xBA
+TRAP_PORT: Final = CORE_PORTS["bios trap"][0]
 STUBS: Final = ROM_BASE + 0x1000
 STUB_SIZE: Final = 16
 _TIMER: Final = 0x08

@@ -1,0 +1,392 @@
+"""A run from start to end: what is refused before anything starts, signals, time limits, and the log's last word."""
+
+import dataclasses
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from vmgraft.errors import CapabilityError, ContentMismatchError, EngineUnavailableError, FileError
+from vmgraft.vmmhost import launch
+from vmgraft.vmmhost.audit import check_chain
+from vmgraft.vmmhost.core.contract import EndReason
+from vmgraft.vmmhost.core.probe import probe_kvm
+from vmgraft.vmmhost.launch import Launcher, RunReport
+from vmgraft.vmmhost.layer.zygote import Zygote
+from vmgraft.vmmhost.plan import RunOptions
+
+LONG_CALLS = {"memoryMiB": 1, "fuelPerCall": 1_000_000_000, "callMs": 3000, "logBytes": 1024}
+ONES = '(func (export "on_pio_read") (param i32 i32) (result i64) (i64.const -1))'
+SPIN = bytes.fromhex("ebfe")
+#: mov dx, 510h; mov cx, FFFFh; mov di, 8000h; cld; rep insb; cli; hlt
+REP_INS = bytes.fromhex("ba1005b9ffffbf0080fcf36cfaf4")
+#: mov ax, 0201h; mov cx, 0101h; mov dx, 80h; mov bx, 8000h; int 13h; cli; hlt
+READ_FAR_SECTOR = bytes.fromhex("b80102b90101ba8000bb0080cd13faf4")
+#: mov dx, 510h; in al, dx; jmp back
+READ_FOR_EVER = bytes.fromhex("ba1005ecebfd")
+
+
+def options(studio, **chosen: Any) -> RunOptions:
+    return RunOptions(**({"cpu": "soft", "timeout": 60, "audit_log": studio.folder / "audit.jsonl"} | chosen))
+
+
+def launcher(studio, **chosen: Any) -> Launcher:
+    return Launcher(studio.image, studio.policy, options(studio, **chosen))
+
+
+def log(studio) -> list[dict[str, Any]]:
+    path = studio.folder / "audit.jsonl"
+    check_chain(path)
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def engines() -> Iterator[Any]:
+    yield "soft"
+    yield pytest.param("kvm", marks=pytest.mark.kvm)
+
+
+@pytest.fixture(params=engines())
+def cpu(request: pytest.FixtureRequest) -> str:
+    if request.param == "kvm" and not probe_kvm().usable:
+        pytest.skip(f"no working /dev/kvm: {probe_kvm().reason}")
+    return str(request.param)
+
+
+def running(pid: int) -> bool:
+    """Whether a process is there and not just waiting to be reaped."""
+    try:
+        return "\nState:\tZ" not in Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return False
+
+
+def wait_for(condition: Callable[[], Any], seconds: float = 20) -> Any:
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        value = condition()
+        if value:
+            return value
+        time.sleep(0.01)
+    raise AssertionError("waited in vain")
+
+
+# --- before anything starts ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("claims", "words"),
+    [
+        (["pio:0x3f8-0x3ff"], "core"),
+        (["pio:0x510-0x604"], "core"),
+        (["pio:0x564-0x567"], "doorbell"),
+        (["mmio:0xf0000+0x100"], "not free"),
+        (["mmio:0xfee00000+0x1000"], "core"),
+        (["guest:0x4000000+0x1000:r"], "not all RAM"),
+        (["guest:0xbf000+0x1001:r"], "not all RAM"),
+        (["guest:0xf0000+0x1000:r"], "not all RAM"),
+    ],
+)
+def test_claims_are_tried_before_anything_starts(studio, monkeypatch, claims: list[str], words: str) -> None:
+    studio.graft(studio.wat(ONES), capabilities=claims)
+    monkeypatch.setattr(Zygote, "start", lambda: pytest.fail("the layer was started"))
+    for attempt in (launcher(studio).plan, launcher(studio).run):
+        with pytest.raises(CapabilityError, match=words):
+            attempt()
+    assert [record["event"] for record in log(studio)] == ["start", "verification", "plan", "error"]
+
+
+def test_a_window_fits_into_more_memory(studio) -> None:
+    studio.graft(studio.wat(ONES), capabilities=["guest:0x4000000+0x1000:r"])
+    assert launcher(studio, memory_mib=65).plan().error is None
+    with pytest.raises(CapabilityError):
+        launcher(studio, memory_mib=64).plan()
+
+
+def test_kvm_in_a_thread_is_refused_and_auto_goes_on_without(studio, cpu: str) -> None:
+    if cpu != "kvm":
+        pytest.skip("about KVM only")
+    studio.graft(studio.wat(ONES))
+    seen: list[Any] = []
+
+    def work(engine: str) -> None:
+        try:
+            result = launcher(studio, cpu=engine, audit_log=None).run().result
+            seen.append(None if result is None else (result.engine, result.reason))
+        except EngineUnavailableError as error:
+            seen.append(error.message)
+
+    for engine in ("kvm", "auto"):
+        thread = threading.Thread(target=work, args=(engine,))
+        thread.start()
+        thread.join()
+    assert "main thread" in seen[0]
+    assert seen[1] == ("soft", EndReason.SHUTDOWN)
+
+
+# --- the time limit --------------------------------------------------------------------------------------------------
+
+
+def test_string_io_to_a_slow_extension_ends_in_time(studio, cpu: str) -> None:
+    studio.boot_code(REP_INS)
+    limits = {"memoryMiB": 1, "fuelPerCall": 1_000_000, "callMs": 500, "callsPerSecond": 2, "logBytes": 1024}
+    studio.graft(studio.wat(ONES), limits=limits)
+    began = time.monotonic()
+    report = launcher(studio, cpu=cpu, timeout=1.0).run()
+    assert report.result is not None
+    assert report.result.reason is EndReason.TIMEOUT
+    assert time.monotonic() - began < 6
+    assert [record["quota"] for record in log(studio) if record["event"] == "quota"] == ["callsPerSecond"]
+
+
+def test_restarts_end_with_the_time_limit(studio) -> None:
+    """The first worker starts; all others find a mark in guest memory and hang in on_start."""
+    imports = """(import "vmgraft" "guest_read" (func $read (param i64 i32 i32) (result i32)))
+                 (import "vmgraft" "guest_write" (func $write (param i64 i32 i32) (result i32)))"""
+    body = """(data (i32.const 0) "mark")
+      (func (export "on_start") (param i32) (result i32)
+        (drop (call $read (i64.const 0x10000) (i32.const 16) (i32.const 4)))
+        (loop $l (br_if $l (i32.eq (i32.load (i32.const 16)) (i32.load (i32.const 0))))) (i32.const 0))
+      (func (export "on_pio_read") (param i32 i32) (result i64)
+        (drop (call $write (i64.const 0x10000) (i32.const 0) (i32.const 4))) unreachable)"""
+    studio.boot_code(READ_FOR_EVER)
+    limits = {"memoryMiB": 1, "fuelPerCall": 1_000_000_000, "callMs": 200, "logBytes": 1024}
+    studio.graft(studio.wat(body, imports), onFault="restart(99)", limits=limits)
+    began = time.monotonic()
+    report = launcher(studio, timeout=1.0).run()
+    assert time.monotonic() - began < 6
+    assert report.result is not None
+    assert report.result.reason is EndReason.FAULT
+    assert 2 <= len([record for record in log(studio) if record["event"] == "fault"]) < 20
+
+
+# --- the log's last word ---------------------------------------------------------------------------------------------
+
+
+def test_a_run_ends_with_its_end(studio) -> None:
+    studio.graft(studio.wat(ONES))
+    report = launcher(studio).run()
+    records = log(studio)
+    assert (records[-1]["event"], records[-1]["reason"]) == ("end", "shutdown")
+    assert records[-2]["event"] == "extension-end"
+    assert report.audit_head == records[-1]["hash"]
+
+
+def test_a_refused_image_ends_with_an_error(studio) -> None:
+    studio.graft(studio.wat(ONES))
+    data = bytearray(studio.image.read_bytes())
+    data[0x8000] ^= 1
+    studio.image.write_bytes(data)
+    report = launcher(studio).run()
+    records = log(studio)
+    assert (records[-1]["event"], records[-1]["code"]) == ("error", "content-mismatch")
+    assert report.audit_head == records[-1]["hash"]
+
+
+@pytest.mark.parametrize("when", ["boot record", "later"])
+def test_a_disk_that_changes_under_the_guest(studio, monkeypatch, when: str) -> None:
+    studio.boot_code(READ_FAR_SECTOR)
+    studio.graft(studio.wat(ONES))
+    real = launch.VerifiedDisk
+
+    class Changed(real):
+        def __init__(self, reader: Any, _check: Any) -> None:
+            super().__init__(reader, lambda index, _block: when == "later" and index == 0)
+
+    monkeypatch.setattr(launch, "VerifiedDisk", Changed)
+    if when == "later":
+        report = launcher(studio).run()
+        assert report.error == "content-mismatch"
+        assert (log(studio)[-1]["event"], log(studio)[-1]["reason"]) == ("end", "content-mismatch")
+    else:
+        with pytest.raises(ContentMismatchError):
+            launcher(studio).run()
+        assert (log(studio)[-1]["event"], log(studio)[-1]["code"]) == ("error", "content-mismatch")
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [(KeyboardInterrupt(), "interrupted"), (OSError("no"), "file"), (ZeroDivisionError(), "internal")],
+)
+def test_whatever_ends_a_run_stands_in_the_log(studio, monkeypatch, error: BaseException, code: str) -> None:
+    studio.graft(studio.wat(ONES))
+
+    def fail(_machine: object) -> None:
+        raise error
+
+    monkeypatch.setattr(launch.Machine, "run", fail)
+    with pytest.raises(type(error)):
+        launcher(studio).run()
+    records = log(studio)
+    assert (records[-1]["event"], records[-1]["code"]) == ("error", code)
+    assert "extension-end" in [record["event"] for record in records]
+
+
+def test_a_serial_sink_that_fails_ends_the_run(studio) -> None:
+    studio.graft(studio.wat(ONES))
+
+    def full(_data: bytes) -> None:
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match="No space"):
+        Launcher(studio.image, studio.policy, options(studio), serial=full).run()
+    assert (log(studio)[-1]["event"], log(studio)[-1]["code"]) == ("error", "file")
+
+
+@contextmanager
+def file_size_limit(size: int) -> Iterator[None]:
+    """Let the kernel refuse to grow any file beyond ``size``, as a full disk does."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    old = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, old)
+
+
+@pytest.mark.filterwarnings("error::pytest.PytestUnraisableExceptionWarning")
+def test_a_log_that_cannot_be_written_stops_the_guest(studio) -> None:
+    log_line = """
+      (func (export "on_pio_read") (param i32 i32) (result i64)
+        (call $log (i32.const 0) (i32.const 64)) (i64.const -1))"""
+    studio.boot_code(READ_FOR_EVER)
+    studio.graft(studio.wat(log_line, '(import "vmgraft" "log" (func $log (param i32 i32)))'), limits={
+        "memoryMiB": 1, "fuelPerCall": 1_000_000, "callMs": 500, "logBytes": 1 << 20})  # fmt: skip
+    launcher(studio, timeout=0.2, audit_log=studio.folder / "first").run()
+    records = [json.loads(line) for line in (studio.folder / "first").read_text().splitlines()]
+    before_guest = sum(len(json.dumps(item)) for item in records if item["event"] != "log")
+    began = time.monotonic()
+    with file_size_limit(before_guest + 2000), pytest.raises(FileError, match="audit log"):
+        launcher(studio, timeout=30).run()
+    assert time.monotonic() - began < 10
+    assert '"event": "end"' not in (studio.folder / "audit.jsonl").read_text()
+
+
+def test_one_byte_lines_do_not_flood_the_log(studio) -> None:
+    body = """(func (export "on_pio_read") (param i32 i32) (result i64) (local i32)
+      (loop $l (call $log (i32.const 0) (i32.const 1)) (local.set 2 (i32.add (local.get 2) (i32.const 1)))
+        (br_if $l (i32.lt_u (local.get 2) (i32.const 60000)))) (i64.const -1))"""
+    studio.graft(studio.wat(body, '(import "vmgraft" "log" (func $log (param i32 i32)))'))
+    launcher(studio).run()
+    assert len([record for record in log(studio) if record["event"] == "log"]) == 1024 // 64
+
+
+def test_text_seen_just_before_power_off_counts(studio) -> None:
+    studio.graft(studio.wat(ONES))
+    report = launcher(studio, until="never shown").run()
+    assert report.error == "expectation"
+    assert report.result is not None
+    seen = dataclasses.replace(report.result, reason=EndReason.SHUTDOWN, until_seen=True)
+    assert RunReport(report.verification, result=seen, until="never shown").error is None
+
+
+# --- the program, with signals ---------------------------------------------------------------------------------------
+
+
+@contextmanager
+def program(studio, cpu: str = "soft") -> Iterator[tuple[subprocess.Popen[bytes], list[int]]]:
+    """Run the command line program until the guest spins; give it, and the PIDs of zygote and worker."""
+    studio.boot_code(SPIN)
+    studio.graft(studio.wat(ONES))
+    path = studio.folder / "audit.jsonl"
+    command = [
+        sys.executable, "-m", "vmgraft", "run", str(studio.image), "--policy", str(studio.policy), "--cpu", cpu,
+        "--audit-log", str(path), "--timeout", "60",
+    ]  # fmt: skip
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        wait_for(lambda: path.exists() and '"event": "boot"' in path.read_text())
+        worker = next(json.loads(line)["pid"] for line in path.read_text().splitlines() if '"extension-start"' in line)
+        zygote = int(Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text())
+        time.sleep(0.1)
+        assert running(worker)
+        yield process, [zygote, worker]
+    finally:
+        process.kill()
+        process.wait()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_signals_end_a_run_in_order(studio, number: signal.Signals) -> None:
+    with program(studio) as (process, others):
+        process.send_signal(number)
+        assert process.wait(10) == 130
+        assert not any(map(running, others))
+    assert (log(studio)[-1]["event"], log(studio)[-1]["reason"]) == ("end", "interrupted")
+
+
+def test_sigkill_leaves_no_process_behind(studio, cpu: str) -> None:
+    with program(studio, cpu) as (process, others):
+        process.kill()
+        process.wait(10)
+        wait_for(lambda: not any(map(running, others)), 5)
+
+
+def test_sigterm_while_a_worker_starts(studio) -> None:
+    """Before the guest runs a signal unwinds: workers end, and the log says so."""
+    body = '(func (export "on_start") (param i32) (result i32) (loop $l (br $l)) (i32.const 0))'
+    studio.graft(studio.wat(body), limits=LONG_CALLS)
+    path = studio.folder / "audit.jsonl"
+    script = (
+        "import sys; from pathlib import Path; from vmgraft.vmmhost.launch import Launcher;"
+        "from vmgraft.vmmhost.plan import RunOptions;"
+        "Launcher(Path(sys.argv[1]), Path(sys.argv[2]), RunOptions(cpu='soft', audit_log=Path(sys.argv[3]))).run()"
+    )
+    command = [sys.executable, "-c", script, str(studio.image), str(studio.policy), str(path)]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE)
+    wait_for(lambda: path.exists() and '"extension-start"' in path.read_text())
+    process.terminate()
+    _out, errors = process.communicate(timeout=10)
+    assert b"KeyboardInterrupt: SIGTERM" in errors
+    records = log(studio)
+    assert (records[-1]["event"], records[-1]["code"]) == ("error", "interrupted")
+    assert not running(next(record["pid"] for record in records if record["event"] == "extension-start"))
+
+
+# --- what a run leaves, and what a worker holds ----------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_many_runs_leak_nothing(studio) -> None:
+    studio.graft(studio.wat(ONES))
+    launcher(studio, audit_log=None).run()
+    before = sorted(Path("/proc/self/fd").iterdir())
+    for _ in range(25):
+        launcher(studio, audit_log=None).run()
+    assert sorted(Path("/proc/self/fd").iterdir()) == before
+    assert Path(f"/proc/self/task/{os.getpid()}/children").read_text().split() == []
+
+
+def test_a_worker_holds_no_kvm_and_no_disk(studio, monkeypatch, cpu: str) -> None:
+    studio.graft(studio.wat(ONES))
+    held: list[str] = []
+    real = launch.Machine.run
+
+    def look(machine: launch.Machine) -> Any:
+        pid = next(record["pid"] for record in log(studio) if record["event"] == "extension-start")
+        try:
+            descriptors = [str(entry.readlink()) for entry in Path(f"/proc/{pid}/fd").iterdir()]
+            maps = Path(f"/proc/{pid}/maps").read_text()
+        except PermissionError:
+            pytest.skip("a worker is not dumpable: only root may look into it")
+        held.extend([*descriptors, maps])
+        return real(machine)
+
+    monkeypatch.setattr(launch.Machine, "run", look)
+    launcher(studio, cpu=cpu).run()
+    *descriptors, maps = held
+    assert [target.partition(":")[0] for target in descriptors] == ["socket"]
+    assert "libc" in maps
+    for word in ("kvm", studio.image.name, "unicorn", "vmgraft-zygote-errors"):
+        assert word not in maps
