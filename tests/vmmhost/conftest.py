@@ -28,8 +28,14 @@ class Studio:
         self.policy = folder / "policy.json"
         self.guest = (ROOT / "examples" / "guest" / "guest.bin").read_bytes()
 
-    def graft(self, module: bytes, **fields: object) -> None:
-        """Attach one extension that claims the clock's ports and hypercalls, and a policy that grants all of it."""
+    def graft(self, module: bytes, image: Path | None = None, **fields: object) -> None:
+        """Attach one extension that claims the clock's ports and hypercalls, and a policy that grants all of it.
+
+        Args:
+            module: The extension.
+            image: One made already; by default a raw disk that boots the guest.
+            fields: What the manifest says otherwise.
+        """
         manifest = {
             "id": "org.example.culprit", "version": "1.0", "securityVersion": 1, "abi": "vmgraft/1",
             "module": "module.wasm", "onFault": "detach",
@@ -38,8 +44,10 @@ class Studio:
             **fields,
         }  # fmt: skip
         data = canonical_manifest(manifest)
-        self.image.write_bytes(self.guest.ljust(1 << 20, b"\0"))
-        attach(self.image, [Package("org.example.culprit", "1.0", data, module)], [self.key], AttachOptions())
+        if image is None:
+            self.image.write_bytes(self.guest.ljust(1 << 20, b"\0"))
+        package = Package("org.example.culprit", "1.0", data, module)
+        attach(image or self.image, [package], [self.key], AttachOptions(root=self.folder))
         document = init_policy({"vendor": self.key.public}, [parse_manifest(data)])
         self.policy.write_bytes(format_policy(document))
 

@@ -121,6 +121,40 @@ def test_a_worker_that_is_killed(studio, harmless, monkeypatch: pytest.MonkeyPat
     assert outcome.trace_outside() == harmless.trace_outside()
 
 
+@pytest.mark.parametrize("when", ["before", "in the midst of", "after"])
+def test_a_worker_that_is_killed_at_any_moment(studio, harmless, monkeypatch: pytest.MonkeyPatch, when: str) -> None:
+    from vmgraft.vmmhost.layer.link import WorkerLink
+
+    calls = sum(record["calls"] for record in harmless.audit if record["event"] == "extension-end")
+    assert calls >= 2
+    real_call, real_send, state = WorkerLink.call, WorkerLink._send, {"made": 0, "victim": 0}
+
+    def kill(link: WorkerLink, moment: str) -> None:
+        if moment == when and state["made"] == state["victim"]:
+            os.kill(link.pid, signal.SIGKILL)
+
+    def call(self: WorkerLink, *args: Any, **named: Any) -> int:
+        state["made"] += 1
+        kill(self, "before")
+        answer = real_call(self, *args, **named)
+        kill(self, "after")
+        return answer
+
+    def send(self: WorkerLink, packet: bytes, phase: str) -> None:
+        real_send(self, packet, phase)
+        kill(self, "in the midst of")
+
+    monkeypatch.setattr(WorkerLink, "call", call)
+    monkeypatch.setattr(WorkerLink, "_send", send)
+    studio.graft(studio.wat(ALL_ONES))
+    for victim in range(1, calls + 1):
+        state.update(made=0, victim=victim)
+        outcome = run(studio)
+        assert outcome.result.reason is EndReason.SHUTDOWN
+        assert outcome.trace_outside() == harmless.trace_outside()
+        assert {fault["kind"] for fault in outcome.faults} <= {"died"}
+
+
 def test_on_fault_stop_ends_the_guest(studio) -> None:
     studio.graft(studio.wat(TRAP), onFault="stop")
     outcome = run(studio)

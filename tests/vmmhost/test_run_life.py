@@ -28,6 +28,10 @@ from vmgraft.vmmhost.plan import RunOptions
 LONG_CALLS = {"memoryMiB": 1, "fuelPerCall": 1_000_000_000, "callMs": 3000, "logBytes": 1024}
 ONES = '(func (export "on_pio_read") (param i32 i32) (result i64) (i64.const -1))'
 SPIN = bytes.fromhex("ebfe")
+#: mov al, 1; out 92h, al
+RESET = bytes.fromhex("b001e692")
+#: mov dx, 604h; mov ax, 2000h; out dx, ax
+POWER_OFF = bytes.fromhex("ba0406b80020ef")
 #: mov dx, 510h; mov cx, FFFFh; mov di, 8000h; cld; rep insb; cli; hlt
 REP_INS = bytes.fromhex("ba1005b9ffffbf0080fcf36cfaf4")
 #: mov ax, 0201h; mov cx, 0101h; mov dx, 80h; mov bx, 8000h; int 13h; cli; hlt
@@ -112,9 +116,7 @@ def test_a_window_fits_into_more_memory(studio) -> None:
         launcher(studio, memory_mib=64).plan()
 
 
-def test_kvm_in_a_thread_is_refused_and_auto_goes_on_without(studio, cpu: str) -> None:
-    if cpu != "kvm":
-        pytest.skip("about KVM only")
+def test_kvm_in_a_thread_is_refused_and_auto_goes_on_without(studio) -> None:
     studio.graft(studio.wat(ONES))
     seen: list[Any] = []
 
@@ -179,6 +181,16 @@ def test_a_run_ends_with_its_end(studio) -> None:
     assert (records[-1]["event"], records[-1]["reason"]) == ("end", "shutdown")
     assert records[-2]["event"] == "extension-end"
     assert report.audit_head == records[-1]["hash"]
+
+
+@pytest.mark.parametrize(("code", "event"), [(RESET, 1), (POWER_OFF, 2)])
+def test_extensions_are_told_how_the_guest_ended(studio, code: bytes, event: int) -> None:
+    studio.boot_code(code)
+    body = f"""(func (export "on_event") (param i32)
+      (if (i32.eq (local.get 0) (i32.const {event})) (then (call $log (i32.const 0) (i32.const 1)))))"""
+    studio.graft(studio.wat(body, '(import "vmgraft" "log" (func $log (param i32 i32)))'))
+    launcher(studio).run()
+    assert len([record for record in log(studio) if record["event"] == "log"]) == 1
 
 
 def test_a_refused_image_ends_with_an_error(studio) -> None:
@@ -354,6 +366,35 @@ def test_sigterm_while_a_worker_starts(studio) -> None:
     assert not running(next(record["pid"] for record in records if record["event"] == "extension-start"))
 
 
+# --- the program, confined -------------------------------------------------------------------------------------------
+
+
+def test_the_confined_program_has_all_it_needs(studio, cpu: str) -> None:
+    """Backing files are read late, workers restarted and outputs written after rights are given up."""
+    source = Path(__file__).parent / "guests" / "far.asm"
+    base, image, folder = studio.folder / "base.img", studio.folder / "over.qcow2", studio.folder
+    subprocess.run(["nasm", "-f", "bin", "-o", base, source], check=True)
+    base.write_bytes(b"".join(b"%05d" % number + bytes(65531) if number else base.read_bytes() + bytes(65024)
+                              for number in range(64)))  # fmt: skip
+    create = ["qemu-img", "create", "-q", "-f", "qcow2", "-b", base.name, "-F", "raw", image]
+    subprocess.run(create, check=True)
+    trap = studio.wat('(func (export "on_pio_read") (param i32 i32) (result i64) unreachable)')
+    studio.graft(trap, image, onFault="restart(2)")
+    command = [
+        sys.executable, "-m", "vmgraft", "run", image, "--policy", studio.policy, "--root", folder, "--cpu", cpu,
+        "--audit-log", folder / "audit.jsonl", "--serial", folder / "serial", "--screen", folder / "screen", "--json",
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.stderr == ""
+    report = json.loads(done.stdout)
+    assert (report["exitCode"], report["end"]["reason"]) == (0, "shutdown")
+    assert {"no-new-privs", "seccomp"} <= set(report["confinement"])
+    assert (folder / "serial").read_text() == "00003000230004300063"
+    assert (folder / "screen").exists()
+    assert [item["restarts"] for item in report["layer"]] == [2]
+    assert log(studio)[-1]["event"] == "end"
+
+
 # --- what a run leaves, and what a worker holds ----------------------------------------------------------------------
 
 
@@ -361,11 +402,11 @@ def test_sigterm_while_a_worker_starts(studio) -> None:
 def test_many_runs_leak_nothing(studio) -> None:
     studio.graft(studio.wat(ONES))
     launcher(studio, audit_log=None).run()
-    before = sorted(Path("/proc/self/fd").iterdir())
+    children = Path(f"/proc/self/task/{os.getpid()}/children")
+    before = [*sorted(Path("/proc/self/fd").iterdir()), children.read_text()]
     for _ in range(25):
         launcher(studio, audit_log=None).run()
-    assert sorted(Path("/proc/self/fd").iterdir()) == before
-    assert Path(f"/proc/self/task/{os.getpid()}/children").read_text().split() == []
+    assert [*sorted(Path("/proc/self/fd").iterdir()), children.read_text()] == before
 
 
 def test_a_worker_holds_no_kvm_and_no_disk(studio, monkeypatch, cpu: str) -> None:

@@ -193,22 +193,9 @@ class Launcher:
     def _boot(
         self, stack: ExitStack, log: AuditLog, report: RunReport, disk: VerifiedDisk, specs: list[ExtensionSpec]
     ) -> None:
-        options = self._options
         # Before /dev/kvm is opened: no worker can have inherited what the core holds.
         zygote = stack.enter_context(Zygote.start()) if specs else None
-        machine = stack.enter_context(
-            Machine(
-                Engine(options.cpu),
-                disk,
-                memory_mib=options.memory_mib,
-                boot=BootSource(options.boot),
-                keys=options.keys,
-                timeout=options.timeout,
-                until=options.until,
-                serial=self._serial,
-                trace=options.trace,
-            )
-        )
+        machine = stack.enter_context(self._machine(disk))
         host = ExtensionHost(
             specs,
             memory=machine.memory,
@@ -216,7 +203,7 @@ class Launcher:
             stop=lambda detail: machine.stop(self._stop_reason(), detail),
             clock=machine.now_ns,
             time_left=machine.time_left,
-            deterministic_seed=options.seed,
+            deterministic_seed=self._options.seed,
             zygote=zygote,
         )
         stack.callback(host.close)
@@ -231,6 +218,20 @@ class Launcher:
         host.event(Event.RESET if result.reason is EndReason.RESET else Event.SHUTDOWN)
         report.result = result
         report.extensions = host.summary()
+
+    def _machine(self, disk: VerifiedDisk) -> Machine:
+        options = self._options
+        return Machine(
+            Engine(options.cpu),
+            disk,
+            memory_mib=options.memory_mib,
+            boot=BootSource(options.boot),
+            keys=options.keys,
+            timeout=options.timeout,
+            until=options.until,
+            serial=self._serial,
+            trace=options.trace,
+        )
 
     def _audit(self, log: AuditLog, event: str, detail: dict[str, Any]) -> None:
         """Write an event of the layer; remember whether a stop was asked for or is a penalty."""

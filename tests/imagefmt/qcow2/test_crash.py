@@ -69,6 +69,18 @@ def _others(folder: Path) -> Path:
     return path
 
 
+def _older_note(folder: Path) -> Path:
+    """What is left when another program overwrote extension and locator of a graft: its record and its note."""
+    path = _plain(folder)
+    attach(path, size=700, placement=Placement.INLINE)
+    data = bytearray(path.read_bytes())
+    at = data.index(b"VMGr")
+    data[at : at + 8 + 8 + 128] = bytes(8 + 8 + 128)
+    assert b"VMGQNOTE" in data
+    path.write_bytes(data)
+    return path
+
+
 def _amend(path: Path) -> None:
     run("qemu-img", "amend", "-q", "-o", "lazy_refcounts=on", path)
 
@@ -85,6 +97,8 @@ CASES: dict[str, tuple[Make, Op, Placement]] = {
     "backed": (_backed, _nothing, Placement.AUTO),
     "backed-sidecar": (_backed_small, _nothing, Placement.SIDECAR),
     "foreign-bytes": (_foreign, _nothing, Placement.INLINE),
+    "older-note": (_older_note, _nothing, Placement.INLINE),
+    "older-note-sidecar": (_older_note, _nothing, Placement.SIDECAR),
     "rewritten": (_backed, _amend, Placement.AUTO),
     "rewritten-sidecar": (_long_name, _amend, Placement.SIDECAR),
     "rewritten-others": (_others, _amend, Placement.INLINE),

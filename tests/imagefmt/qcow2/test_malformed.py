@@ -6,6 +6,7 @@ import resource
 import struct
 import time
 from collections.abc import Callable
+from hashlib import sha256
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 from qcow2_testkit import MIB, attach, detach, make, open_qcow2, pattern, qemu_io, raw_base, raw_bytes, read_all, run
 
 from vmgraft.errors import MalformedImageError, UnsupportedError, VmgraftError
-from vmgraft.imagefmt.contract import Placement
+from vmgraft.imagefmt.contract import GraftState, Placement
 from vmgraft.imagefmt.qcow2._layout import FIELD_OFFSET
 from vmgraft.imagefmt.qcow2.create import create_qcow2
 from vmgraft.imagefmt.tree import build_tree
@@ -412,3 +413,21 @@ def test_one_cluster_mapped_a_million_times(tmp_path: Path, compressed: bool) ->
     with open_qcow2(path) as image, pytest.raises(MalformedImageError, match="used twice"):
         build_tree(image)
     assert time.monotonic() - started < 10
+
+
+def test_a_cluster_full_of_notes_is_searched_in_time(tmp_path: Path) -> None:
+    """Every one of them sound, and each claiming the whole cluster as its spill."""
+    path = make(tmp_path / "x.qcow2", cluster=2 * MIB)
+    with open_qcow2(path) as image:
+        end = image._header.end_offset
+    places = (end, 2 * MIB, 0, 0, 0, MIB, end + 8)
+    body = struct.pack("<8sHHIQQQQIIQ32s", b"VMGQNOTE", 1, 2, 0, *places, bytes(32))
+    note = body + sha256(body).digest()[:8]
+    data = bytearray(path.read_bytes())
+    for at in range(4096, 2 * MIB - 512, 104):
+        data[at : at + 104] = note
+    path.write_bytes(data)
+    started = time.monotonic()
+    with open_qcow2(path) as image:
+        assert image.locate().state is GraftState.NONE
+    assert time.monotonic() - started < 5

@@ -10,6 +10,7 @@ from vmgraft.errors import CapabilityError
 from vmgraft.vmmhost.core import bus as bus_module
 from vmgraft.vmmhost.core.bus import CORE, DISCOVERY_MAGIC, DOORBELL_PORT, Bus
 from vmgraft.vmmhost.core.contract import EndReason, PioEvent
+from vmgraft.vmmhost.core.portmap import planning_bus
 
 RAM_END = 16 << 20
 ONES = (1 << 64) - 1
@@ -222,3 +223,28 @@ def test_handler_may_stop_the_machine(engine, make_machine):
     result = machine.run()
     assert (result.reason, result.detail) == (EndReason.FAULT, "x broke a rule")
     assert len(result.serial.split()) == 6
+
+
+@pytest.mark.parametrize("size", [3, 5, 6, 7])
+def test_accesses_of_odd_width_reach_a_device_byte_by_byte(size):
+    """KVM cuts an access that crosses a page into pieces of any width; handlers know 1, 2, 4 and 8."""
+    seen = []
+
+    class Device:
+        def mmio_read(self, offset, size):
+            seen.append(size)
+            return 0x100 | offset
+
+        def mmio_write(self, offset, size, value):
+            seen.append((size, offset, value))
+
+    bus = Bus(RAM_END)
+    bus.claim_mmio(0xD0000, 0x10, Device(), "a")
+    assert bus.mmio_read(0xD0001, size) == int.from_bytes(range(1, size + 1), "little")
+    bus.mmio_write(0xD0001, size, int.from_bytes(range(11, size + 11), "little"))
+    assert seen == [1] * size + [(1, index + 1, index + 11) for index in range(size)]
+    assert bus.mmio_read(0xD000F, size) >> 8 == (1 << 8 * (size - 1)) - 1  # beyond the claim nobody answers
+
+
+def test_the_table_of_ports_is_what_a_machine_claims(make_machine, engine):
+    assert make_machine(engine, "halt").bus.ports_of("core") == planning_bus(RAM_END).ports_of("core")

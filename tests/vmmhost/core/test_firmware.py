@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+import time
 
 import pytest
 from hypothesis import given, settings
@@ -191,6 +192,22 @@ def test_cd_calls():
     packet_bytes = bench.ram.read(0x700, 19)
     assert packet_bytes[:3] == bytes((19, 0, 0xE0))
     assert struct.unpack_from("<HH", packet_bytes, 12) == (0x7C0, 4)
+
+
+def test_a_disk_of_two_exbibytes_still_has_parameters(monkeypatch):
+    monkeypatch.setattr(SectorNumbers, "virtual_size", 1 << 61)
+    bench = Bench()
+    bench.ram.write(0x700, struct.pack("<H", 26))
+    assert bench.call(0x13, rax=0x4800, rdx=0x80, rsi=0x700) == (0, 0)
+    assert struct.unpack("<IIIQH", bench.ram.read(0x704, 22)) == (0xFFFFFFFF, 255, 63, 1 << 52, 512)
+
+
+def test_strings_of_line_feeds_take_no_minute():
+    bench = Bench()
+    bench.ram.write(0x10000, b"\n" * 0xFFFF)
+    began = time.monotonic()
+    bench.call(0x10, {"es": 0x1000}, rax=0x1301, rbx=7, rcx=0xFFFF, rbp=0)
+    assert time.monotonic() - began < 10
 
 
 def test_memory_copy_between_descriptors():

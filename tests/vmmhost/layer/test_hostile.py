@@ -229,6 +229,14 @@ def test_start_that_fails_is_tried_again_as_often_as_allowed(bench, wat):
     assert [record["action"] for record in bench.records("fault")] == ["restart", "restart", "stop"]
 
 
+def test_a_start_that_hangs_is_not_tried_for_ever(bench, wat):
+    module = wat('(func (export "on_start") (param i32) (result i32) (loop $l (br $l)) i32.const 0)')
+    limits = LayerLimits(call_ms=200, fuel_per_call=1_000_000_000)
+    with pytest.raises(ExtensionFaultError, match="deadline"):
+        bench.one(module, {"start_seconds": 0.7}, on_fault="restart(99)", limits=limits)
+    assert 2 <= len(bench.records("fault")) <= 5
+
+
 def test_a_restart_without_a_zygote_stops_the_guest(bench, wat):
     with Zygote.start() as zygote:
         bench.zygote = zygote

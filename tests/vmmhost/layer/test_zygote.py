@@ -1,6 +1,8 @@
 """The zygote: starts, ends, and leaves no process behind."""
 
+import errno
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -10,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from vmgraft.errors import HostError
+from vmgraft.vmmhost.layer import syscalls
 from vmgraft.vmmhost.layer.client import ExtensionHost
 from vmgraft.vmmhost.layer.spec import ExtensionSpec
 from vmgraft.vmmhost.layer.zygote import Zygote, describe_status
@@ -132,3 +135,21 @@ sys.exit(", ".join(heavy) or 0)
 """
     run = subprocess.run([sys.executable, "-c", code], env={"PYTHONPATH": str(ROOT)}, capture_output=True, check=False)
     assert run.returncode == 0, run.stderr
+
+
+def test_without_descriptors_the_error_is_a_clear_one(zygote):
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard))
+    try:
+        for attempt in (Zygote.start, lambda: zygote.spawn(1)):
+            with pytest.raises(HostError, match="Too many open files"):
+                attempt()
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_a_machine_whose_clone_is_not_known(monkeypatch):
+    monkeypatch.setattr(syscalls.platform, "machine", lambda: "riscv64")
+    with pytest.raises(OSError, match="riscv64") as caught:
+        syscalls.clone(0)
+    assert caught.value.errno == errno.ENOSYS

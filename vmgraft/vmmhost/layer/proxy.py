@@ -99,6 +99,7 @@ class ExtensionProxy:
         self._next_call = 0.0
         self._next_tick: int | None = None
         self._stop_asked = self._closed = False
+        self._start_by = math.inf
 
     # --- life ---
 
@@ -112,6 +113,7 @@ class ExtensionProxy:
             ExtensionFaultError: the extension failed at the start and ``on_fault`` does not forgive it.
         """
         check_bounds(self.spec.module, file=self.spec.id)
+        self._start_by = time.monotonic() + self._around.start_seconds
         try:
             self._launch()
         except WorkerFaultError as fault:
@@ -121,6 +123,8 @@ class ExtensionProxy:
             self.state = State.STOPPED
             self._record("extension-refused", detail=str(error))
             raise
+        finally:
+            self._start_by = math.inf
 
     def close(self) -> None:
         """Kill the worker and write the summary; may be called twice."""
@@ -304,11 +308,10 @@ class ExtensionProxy:
 
     def _action(self) -> FaultAction:
         wish = self.spec.fault
-        if wish.action is FaultAction.RESTART and (
-            self.counters.restarts >= wish.restarts or self._around.time_left() <= 0
-        ):
-            return FaultAction.STOP
-        return wish.action
+        if wish.action is not FaultAction.RESTART:
+            return wish.action
+        late = self._around.time_left() <= 0 or time.monotonic() >= self._start_by
+        return FaultAction.STOP if late or self.counters.restarts >= wish.restarts else FaultAction.RESTART
 
     def _stop(self, fault: WorkerFaultError, *, starting: bool) -> None:
         detail = f"extension {self.spec.id}: {fault.kind.value}: {fault.message}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import array
 import contextlib
 import ctypes
+import errno
 import os
 import platform
 import signal
@@ -96,7 +97,7 @@ def clone(namespaces: int) -> Child | None:
     """
     number = _SYS_CLONE.get(platform.machine())
     if number is None:
-        raise OSError(f"no clone number for {platform.machine()}")
+        raise OSError(errno.ENOSYS, f"the number of clone is not known for {platform.machine()}")
     pidfd = array.array("i", [-1])
     address, _ = pidfd.buffer_info()
     pid = syscall(number, namespaces | CLONE_PIDFD | signal.SIGCHLD, 0, address, 0, 0)

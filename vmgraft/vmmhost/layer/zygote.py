@@ -7,6 +7,7 @@ worker.
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import select
@@ -143,7 +144,9 @@ class Zygote:
         if len(packet) != SPAWNED.size or len(fds) != 1:
             ours.close()
             code = FAILED.unpack(packet)[1] if len(packet) == FAILED.size else 0
-            raise HostError(f"no worker can be started: {os.strerror(code)}", hint="check the process limits")
+            known = "this machine's system calls are not known: x86-64 and AArch64 are"
+            hint = known if code == errno.ENOSYS else "check the limits of processes and open files"
+            raise HostError(f"no worker can be started: {os.strerror(code)}", hint=hint)
         _letter, pid, namespaces = SPAWNED.unpack(packet)
         return WorkerProcess(pid, fds[0], ours, Mechanism(namespaces))
 

@@ -165,7 +165,8 @@ class DiskServices:
         if self._cd:
             shape = (_CD_FLAGS, 0xFFFFFFFF, 0xFFFFFFFF, 0xFFFFFFFF)
         else:
-            shape = (2, self._sectors // (self._heads * SECTORS_PER_TRACK) or 1, self._heads, SECTORS_PER_TRACK)
+            cylinders = self._sectors // (self._heads * SECTORS_PER_TRACK) or 1
+            shape = (2, min(cylinders, 0xFFFFFFFF), self._heads, SECTORS_PER_TRACK)
         call.ram.write(address, _PARAMETERS.pack(_PARAMETERS.size, *shape, self._sectors, self._size))
         return OK
 

@@ -84,6 +84,8 @@ class Video:
             rows = rows[lines:] + [blank] * lines
         else:
             rows = [blank] * -lines + rows[:lines]
+        if width == COLUMNS * 2:  # the rows adjoin: one write, as a string of line feeds scrolls thousands of times
+            rows = [b"".join(rows)]
         for row, data in enumerate(rows, top):
             self._ram.write(self._cell(page, row, left), data)
 
