@@ -51,3 +51,50 @@ def test_both_engines_show_the_same(cli, vendor: Path, disk: Path, clock: Path, 
         # Clock and entropy differ between runs; what stands around their values must not.
         seen.append([line.split(" 0x")[0] for line in report["end"]["serial"].splitlines()])
     assert seen[0] == seen[1]
+
+
+def test_a_guest_that_writes_another_containers_magic(cli, vendor: Path, disk: Path, clock: Path, sha256) -> None:
+    """The first bytes of a raw disk are the guest's: naming the format keeps them from meaning anything."""
+    cli("attach", disk, clock, "--key", vendor / "acme.key")
+    with disk.open("r+b") as file:
+        file.write(b"QFI\xfb\0\0\0\3")
+    cli("detach", disk, code=3)
+    assert cli.json("list", disk, "--image-format", "raw")["state"] == "ok"
+    assert cli.json("verify", disk, "--policy", vendor / "policy.json", "--image-format", "raw", code=12)
+    cli("detach", disk, "--image-format", "raw")
+    assert disk.stat().st_size == (4 << 20) + 512
+
+
+def test_a_file_that_grew_is_not_passed_over_in_silence(cli, vendor: Path, disk: Path, clock: Path) -> None:
+    plain = Path(shutil.copy(disk, disk.with_name("plain.img")))
+    cli("attach", disk, clock, "--key", vendor / "acme.key")
+    with disk.open("ab") as file:
+        file.write(b"more" * 16384)
+    assert "file-grown" in cli.json("digest", disk)["warnings"][0]
+    assert "file-grown" in cli.json("diff", plain, disk)["warnings"][0]
+    cli("digest", disk)
+    assert "warning: disk.img: graft state file-grown" in cli.stderr
+    cli("verify", disk, "--policy", vendor / "policy.json", code=5)
+
+
+def test_a_copy_of_an_image_that_is_being_written_is_refused(cli, vendor: Path, disk: Path, clock: Path) -> None:
+    import subprocess
+
+    with subprocess.Popen(["qemu-io", "-f", "raw", str(disk)], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as writer:
+        assert writer.stdin is not None
+        assert writer.stdout is not None
+        writer.stdin.write(b"read 0 512\n")
+        writer.stdin.flush()
+        assert b"read 512" in writer.stdout.readline()
+        cli("attach", disk, clock, "--key", vendor / "acme.key", "-o", disk.with_name("copy.img"), code=3)
+        assert "another process writes" in cli.stderr
+        writer.communicate(b"quit\n")
+    assert sorted(path.suffix for path in disk.parent.glob("*.img*")) == [".img"]
+
+
+def test_long_names(cli, vendor: Path, disk: Path, clock: Path, sha256) -> None:
+    long = disk.with_name("x" * 251 + ".img")
+    before = sha256(disk)
+    cli("attach", disk, clock, "--key", vendor / "acme.key", "--placement", "inline", "-o", long, code=0)
+    cli("detach", long, "-o", disk.with_name("back.img"))
+    assert sha256(disk.with_name("back.img")) == before

@@ -163,7 +163,7 @@ def test_kill_leaves_at_most_a_hidden_file(disk: Path, key: PrivateKey, tmp_path
         if (tmp_path / "out.img").exists():
             assert detach(tmp_path / "out.img").read_bytes() == before
             (tmp_path / "out.img").unlink()
-        for path in tmp_path.glob(".out.img.*.tmp*"):
+        for path in tmp_path.glob(".vmgraft-*.tmp*"):
             path.unlink()
         assert names(tmp_path) == ["big.img", "disk.img", "k.key"]
 

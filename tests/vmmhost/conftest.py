@@ -1,18 +1,23 @@
 """Images with hostile and harmless extensions, made by the vendor's own code."""
 
+import json
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import pytest
 import wasmtime
 
+from vmgraft.imagefmt.contract import Opening
 from vmgraft.signing.keyfiles import write_keypair
 from vmgraft.signing.keys import generate
 from vmgraft.signing.manifest import canonical_manifest, parse_manifest
 from vmgraft.signing.policytools import format_policy, init_policy
 from vmgraft.vendor.graft import AttachOptions, attach
 from vmgraft.vendor.pack import Package
+from vmgraft.vmmhost.audit import check_chain
+from vmgraft.vmmhost.core.probe import probe_kvm
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -26,7 +31,11 @@ class Studio:
         write_keypair(folder / "vendor", self.key, None)
         self.image = folder / "disk.img"
         self.policy = folder / "policy.json"
+        self.audit_log = folder / "audit.jsonl"
         self.guest = (ROOT / "examples" / "guest" / "guest.bin").read_bytes()
+
+    #: An extension that answers as an absent device does.
+    ONES = '(func (export "on_pio_read") (param i32 i32) (result i64) (i64.const -1))'
 
     def graft(self, module: bytes, image: Path | None = None, **fields: object) -> None:
         """Attach one extension that claims the clock's ports and hypercalls, and a policy that grants all of it.
@@ -47,13 +56,18 @@ class Studio:
         if image is None:
             self.image.write_bytes(self.guest.ljust(1 << 20, b"\0"))
         package = Package("org.example.culprit", "1.0", data, module)
-        attach(image or self.image, [package], [self.key], AttachOptions(root=self.folder))
+        attach(image or self.image, [package], [self.key], AttachOptions(opening=Opening(root=self.folder)))
         document = init_policy({"vendor": self.key.public}, [parse_manifest(data)])
         self.policy.write_bytes(format_policy(document))
 
     def boot_code(self, code: bytes) -> None:
         """Make images boot this instead, from 0000:7C00."""
         self.guest = code.ljust(510, b"\0") + b"\x55\xaa"
+
+    def log(self) -> list[dict[str, Any]]:
+        """Return the records of the last run, whose chain must hold."""
+        check_chain(self.audit_log)
+        return [json.loads(line) for line in self.audit_log.read_text().splitlines()]
 
     def wat(self, body: str, imports: str = "") -> bytes:
         """Assemble a module of ABI vmgraft/1 around some functions."""
@@ -69,3 +83,12 @@ def studio(tmp_path: Path) -> Studio:
 @pytest.fixture
 def now() -> Callable[[], datetime]:
     return lambda: datetime.now(UTC)
+
+
+@pytest.fixture(params=["soft", pytest.param("kvm", marks=pytest.mark.kvm)])
+def cpu(request: pytest.FixtureRequest) -> str:
+    if request.param == "kvm":
+        info = probe_kvm()
+        if not info.usable:
+            pytest.skip(f"no working /dev/kvm: {info.reason}")
+    return str(request.param)

@@ -1,7 +1,6 @@
 """Hostile extensions in a real run: each ends as documented, the guest's other I/O is unchanged, the log names them."""
 
 import functools
-import json
 import os
 import signal
 from pathlib import Path
@@ -50,16 +49,12 @@ class Outcome:
         return [event for event in self.result.trace if event.port not in CLAIMED]
 
 
-def audit(studio) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (studio.folder / "audit.jsonl").read_text().splitlines()]
-
-
 def run(studio, cpu: str = "soft", **options: Any) -> Outcome:
-    log = studio.folder / "audit.jsonl"
+    log = studio.audit_log
     log.unlink(missing_ok=True)
     chosen = RunOptions(cpu=cpu, timeout=60, trace=True, audit_log=log, seed=b"test", **options)
     report = Launcher(studio.image, studio.policy, chosen).run()
-    return Outcome(report, audit(studio))
+    return Outcome(report, studio.log())
 
 
 @pytest.fixture
@@ -188,7 +183,7 @@ def test_imports_that_are_not_granted(studio, imports: str, error: tuple[type[Vm
     studio.graft(studio.wat(ALL_ONES, imports))
     with pytest.raises(error):
         run(studio)
-    assert '"event": "boot"' not in (studio.folder / "audit.jsonl").read_text()
+    assert '"event": "boot"' not in (studio.audit_log).read_text()
 
 
 def test_a_compile_bomb_ends_before_the_guest_starts(studio, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -207,7 +202,7 @@ def test_a_compile_bomb_ends_before_the_guest_starts(studio, monkeypatch: pytest
     studio.graft(studio.wat(ALL_ONES + bomb * 12), onFault="stop")
     with pytest.raises(ExtensionFaultError, match="CPU time"):
         run(studio)
-    records = audit(studio)
+    records = studio.log()
     assert not [record for record in records if record["event"] == "boot"]
     assert [record["id"] for record in records if record["event"] == "fault"] == [CULPRIT]
 
@@ -216,7 +211,7 @@ def test_a_claim_on_a_core_device_is_refused_before_any_worker(studio) -> None:
     studio.graft(studio.wat(ALL_ONES), capabilities=["pio:0x3f8-0x3ff"])
     with pytest.raises(CapabilityError, match="core"):
         run(studio)
-    assert "extension-start" not in (studio.folder / "audit.jsonl").read_text()
+    assert "extension-start" not in (studio.audit_log).read_text()
 
 
 def children() -> set[int]:

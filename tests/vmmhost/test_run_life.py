@@ -5,11 +5,9 @@ import json
 import os
 import resource
 import signal
-import subprocess
-import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,16 +16,11 @@ import pytest
 
 from vmgraft.errors import CapabilityError, ContentMismatchError, EngineUnavailableError, FileError
 from vmgraft.vmmhost import launch
-from vmgraft.vmmhost.audit import check_chain
 from vmgraft.vmmhost.core.contract import EndReason
-from vmgraft.vmmhost.core.probe import probe_kvm
 from vmgraft.vmmhost.launch import Launcher, RunReport
 from vmgraft.vmmhost.layer.zygote import Zygote
 from vmgraft.vmmhost.plan import RunOptions
 
-LONG_CALLS = {"memoryMiB": 1, "fuelPerCall": 1_000_000_000, "callMs": 3000, "logBytes": 1024}
-ONES = '(func (export "on_pio_read") (param i32 i32) (result i64) (i64.const -1))'
-SPIN = bytes.fromhex("ebfe")
 #: mov al, 1; out 92h, al
 RESET = bytes.fromhex("b001e692")
 #: mov dx, 604h; mov ax, 2000h; out dx, ax
@@ -41,47 +34,11 @@ READ_FOR_EVER = bytes.fromhex("ba1005ecebfd")
 
 
 def options(studio, **chosen: Any) -> RunOptions:
-    return RunOptions(**({"cpu": "soft", "timeout": 60, "audit_log": studio.folder / "audit.jsonl"} | chosen))
+    return RunOptions(**({"cpu": "soft", "timeout": 60, "audit_log": studio.audit_log} | chosen))
 
 
 def launcher(studio, **chosen: Any) -> Launcher:
     return Launcher(studio.image, studio.policy, options(studio, **chosen))
-
-
-def log(studio) -> list[dict[str, Any]]:
-    path = studio.folder / "audit.jsonl"
-    check_chain(path)
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-def engines() -> Iterator[Any]:
-    yield "soft"
-    yield pytest.param("kvm", marks=pytest.mark.kvm)
-
-
-@pytest.fixture(params=engines())
-def cpu(request: pytest.FixtureRequest) -> str:
-    if request.param == "kvm" and not probe_kvm().usable:
-        pytest.skip(f"no working /dev/kvm: {probe_kvm().reason}")
-    return str(request.param)
-
-
-def running(pid: int) -> bool:
-    """Whether a process is there and not just waiting to be reaped."""
-    try:
-        return "\nState:\tZ" not in Path(f"/proc/{pid}/status").read_text()
-    except OSError:
-        return False
-
-
-def wait_for(condition: Callable[[], Any], seconds: float = 20) -> Any:
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        value = condition()
-        if value:
-            return value
-        time.sleep(0.01)
-    raise AssertionError("waited in vain")
 
 
 # --- before anything starts ------------------------------------------------------------------------------------------
@@ -101,23 +58,23 @@ def wait_for(condition: Callable[[], Any], seconds: float = 20) -> Any:
     ],
 )
 def test_claims_are_tried_before_anything_starts(studio, monkeypatch, claims: list[str], words: str) -> None:
-    studio.graft(studio.wat(ONES), capabilities=claims)
+    studio.graft(studio.wat(studio.ONES), capabilities=claims)
     monkeypatch.setattr(Zygote, "start", lambda: pytest.fail("the layer was started"))
     for attempt in (launcher(studio).plan, launcher(studio).run):
         with pytest.raises(CapabilityError, match=words):
             attempt()
-    assert [record["event"] for record in log(studio)] == ["start", "verification", "plan", "error"]
+    assert [record["event"] for record in studio.log()] == ["start", "verification", "plan", "error"]
 
 
 def test_a_window_fits_into_more_memory(studio) -> None:
-    studio.graft(studio.wat(ONES), capabilities=["guest:0x4000000+0x1000:r"])
+    studio.graft(studio.wat(studio.ONES), capabilities=["guest:0x4000000+0x1000:r"])
     assert launcher(studio, memory_mib=65).plan().error is None
     with pytest.raises(CapabilityError):
         launcher(studio, memory_mib=64).plan()
 
 
 def test_kvm_in_a_thread_is_refused_and_auto_goes_on_without(studio) -> None:
-    studio.graft(studio.wat(ONES))
+    studio.graft(studio.wat(studio.ONES))
     seen: list[Any] = []
 
     def work(engine: str) -> None:
@@ -141,13 +98,13 @@ def test_kvm_in_a_thread_is_refused_and_auto_goes_on_without(studio) -> None:
 def test_string_io_to_a_slow_extension_ends_in_time(studio, cpu: str) -> None:
     studio.boot_code(REP_INS)
     limits = {"memoryMiB": 1, "fuelPerCall": 1_000_000, "callMs": 500, "callsPerSecond": 2, "logBytes": 1024}
-    studio.graft(studio.wat(ONES), limits=limits)
+    studio.graft(studio.wat(studio.ONES), limits=limits)
     began = time.monotonic()
     report = launcher(studio, cpu=cpu, timeout=1.0).run()
     assert report.result is not None
     assert report.result.reason is EndReason.TIMEOUT
     assert time.monotonic() - began < 6
-    assert [record["quota"] for record in log(studio) if record["event"] == "quota"] == ["callsPerSecond"]
+    assert [record["quota"] for record in studio.log() if record["event"] == "quota"] == ["callsPerSecond"]
 
 
 def test_restarts_end_with_the_time_limit(studio) -> None:
@@ -168,16 +125,16 @@ def test_restarts_end_with_the_time_limit(studio) -> None:
     assert time.monotonic() - began < 6
     assert report.result is not None
     assert report.result.reason is EndReason.FAULT
-    assert 2 <= len([record for record in log(studio) if record["event"] == "fault"]) < 20
+    assert 2 <= len([record for record in studio.log() if record["event"] == "fault"]) < 20
 
 
 # --- the log's last word ---------------------------------------------------------------------------------------------
 
 
 def test_a_run_ends_with_its_end(studio) -> None:
-    studio.graft(studio.wat(ONES))
+    studio.graft(studio.wat(studio.ONES))
     report = launcher(studio).run()
-    records = log(studio)
+    records = studio.log()
     assert (records[-1]["event"], records[-1]["reason"]) == ("end", "shutdown")
     assert records[-2]["event"] == "extension-end"
     assert report.audit_head == records[-1]["hash"]
@@ -190,16 +147,16 @@ def test_extensions_are_told_how_the_guest_ended(studio, code: bytes, event: int
       (if (i32.eq (local.get 0) (i32.const {event})) (then (call $log (i32.const 0) (i32.const 1)))))"""
     studio.graft(studio.wat(body, '(import "vmgraft" "log" (func $log (param i32 i32)))'))
     launcher(studio).run()
-    assert len([record for record in log(studio) if record["event"] == "log"]) == 1
+    assert len([record for record in studio.log() if record["event"] == "log"]) == 1
 
 
 def test_a_refused_image_ends_with_an_error(studio) -> None:
-    studio.graft(studio.wat(ONES))
+    studio.graft(studio.wat(studio.ONES))
     data = bytearray(studio.image.read_bytes())
     data[0x8000] ^= 1
     studio.image.write_bytes(data)
     report = launcher(studio).run()
-    records = log(studio)
+    records = studio.log()
     assert (records[-1]["event"], records[-1]["code"]) == ("error", "content-mismatch")
     assert report.audit_head == records[-1]["hash"]
 
@@ -207,7 +164,7 @@ def test_a_refused_image_ends_with_an_error(studio) -> None:
 @pytest.mark.parametrize("when", ["boot record", "later"])
 def test_a_disk_that_changes_under_the_guest(studio, monkeypatch, when: str) -> None:
     studio.boot_code(READ_FAR_SECTOR)
-    studio.graft(studio.wat(ONES))
+    studio.graft(studio.wat(studio.ONES))
     real = launch.VerifiedDisk
 
     class Changed(real):
@@ -218,11 +175,11 @@ def test_a_disk_that_changes_under_the_guest(studio, monkeypatch, when: str) -> 
     if when == "later":
         report = launcher(studio).run()
         assert report.error == "content-mismatch"
-        assert (log(studio)[-1]["event"], log(studio)[-1]["reason"]) == ("end", "content-mismatch")
+        assert (studio.log()[-1]["event"], studio.log()[-1]["reason"]) == ("end", "content-mismatch")
     else:
         with pytest.raises(ContentMismatchError):
             launcher(studio).run()
-        assert (log(studio)[-1]["event"], log(studio)[-1]["code"]) == ("error", "content-mismatch")
+        assert (studio.log()[-1]["event"], studio.log()[-1]["code"]) == ("error", "content-mismatch")
 
 
 @pytest.mark.parametrize(
@@ -230,7 +187,7 @@ def test_a_disk_that_changes_under_the_guest(studio, monkeypatch, when: str) -> 
     [(KeyboardInterrupt(), "interrupted"), (OSError("no"), "file"), (ZeroDivisionError(), "internal")],
 )
 def test_whatever_ends_a_run_stands_in_the_log(studio, monkeypatch, error: BaseException, code: str) -> None:
-    studio.graft(studio.wat(ONES))
+    studio.graft(studio.wat(studio.ONES))
 
     def fail(_machine: object) -> None:
         raise error
@@ -238,20 +195,20 @@ def test_whatever_ends_a_run_stands_in_the_log(studio, monkeypatch, error: BaseE
     monkeypatch.setattr(launch.Machine, "run", fail)
     with pytest.raises(type(error)):
         launcher(studio).run()
-    records = log(studio)
+    records = studio.log()
     assert (records[-1]["event"], records[-1]["code"]) == ("error", code)
     assert "extension-end" in [record["event"] for record in records]
 
 
 def test_a_serial_sink_that_fails_ends_the_run(studio) -> None:
-    studio.graft(studio.wat(ONES))
+    studio.graft(studio.wat(studio.ONES))
 
     def full(_data: bytes) -> None:
         raise OSError(28, "No space left on device")
 
     with pytest.raises(OSError, match="No space"):
         Launcher(studio.image, studio.policy, options(studio), serial=full).run()
-    assert (log(studio)[-1]["event"], log(studio)[-1]["code"]) == ("error", "file")
+    assert (studio.log()[-1]["event"], studio.log()[-1]["code"]) == ("error", "file")
 
 
 @contextmanager
@@ -282,7 +239,7 @@ def test_a_log_that_cannot_be_written_stops_the_guest(studio) -> None:
     with file_size_limit(before_guest + 2000), pytest.raises(FileError, match="audit log"):
         launcher(studio, timeout=30).run()
     assert time.monotonic() - began < 10
-    assert '"event": "end"' not in (studio.folder / "audit.jsonl").read_text()
+    assert '"event": "end"' not in (studio.audit_log).read_text()
 
 
 def test_one_byte_lines_do_not_flood_the_log(studio) -> None:
@@ -291,11 +248,11 @@ def test_one_byte_lines_do_not_flood_the_log(studio) -> None:
         (br_if $l (i32.lt_u (local.get 2) (i32.const 60000)))) (i64.const -1))"""
     studio.graft(studio.wat(body, '(import "vmgraft" "log" (func $log (param i32 i32)))'))
     launcher(studio).run()
-    assert len([record for record in log(studio) if record["event"] == "log"]) == 1024 // 64
+    assert len([record for record in studio.log() if record["event"] == "log"]) == 1024 // 64
 
 
 def test_text_seen_just_before_power_off_counts(studio) -> None:
-    studio.graft(studio.wat(ONES))
+    studio.graft(studio.wat(studio.ONES))
     report = launcher(studio, until="never shown").run()
     assert report.error == "expectation"
     assert report.result is not None
@@ -303,104 +260,12 @@ def test_text_seen_just_before_power_off_counts(studio) -> None:
     assert RunReport(report.verification, result=seen, until="never shown").error is None
 
 
-# --- the program, with signals ---------------------------------------------------------------------------------------
-
-
-@contextmanager
-def program(studio, cpu: str = "soft") -> Iterator[tuple[subprocess.Popen[bytes], list[int]]]:
-    """Run the command line program until the guest spins; give it, and the PIDs of zygote and worker."""
-    studio.boot_code(SPIN)
-    studio.graft(studio.wat(ONES))
-    path = studio.folder / "audit.jsonl"
-    command = [
-        sys.executable, "-m", "vmgraft", "run", str(studio.image), "--policy", str(studio.policy), "--cpu", cpu,
-        "--audit-log", str(path), "--timeout", "60",
-    ]  # fmt: skip
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    try:
-        wait_for(lambda: path.exists() and '"event": "boot"' in path.read_text())
-        worker = next(json.loads(line)["pid"] for line in path.read_text().splitlines() if '"extension-start"' in line)
-        zygote = int(Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text())
-        time.sleep(0.1)
-        assert running(worker)
-        yield process, [zygote, worker]
-    finally:
-        process.kill()
-        process.wait()
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_signals_end_a_run_in_order(studio, number: signal.Signals) -> None:
-    with program(studio) as (process, others):
-        process.send_signal(number)
-        assert process.wait(10) == 130
-        assert not any(map(running, others))
-    assert (log(studio)[-1]["event"], log(studio)[-1]["reason"]) == ("end", "interrupted")
-
-
-def test_sigkill_leaves_no_process_behind(studio, cpu: str) -> None:
-    with program(studio, cpu) as (process, others):
-        process.kill()
-        process.wait(10)
-        wait_for(lambda: not any(map(running, others)), 5)
-
-
-def test_sigterm_while_a_worker_starts(studio) -> None:
-    """Before the guest runs a signal unwinds: workers end, and the log says so."""
-    body = '(func (export "on_start") (param i32) (result i32) (loop $l (br $l)) (i32.const 0))'
-    studio.graft(studio.wat(body), limits=LONG_CALLS)
-    path = studio.folder / "audit.jsonl"
-    script = (
-        "import sys; from pathlib import Path; from vmgraft.vmmhost.launch import Launcher;"
-        "from vmgraft.vmmhost.plan import RunOptions;"
-        "Launcher(Path(sys.argv[1]), Path(sys.argv[2]), RunOptions(cpu='soft', audit_log=Path(sys.argv[3]))).run()"
-    )
-    command = [sys.executable, "-c", script, str(studio.image), str(studio.policy), str(path)]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE)
-    wait_for(lambda: path.exists() and '"extension-start"' in path.read_text())
-    process.terminate()
-    _out, errors = process.communicate(timeout=10)
-    assert b"KeyboardInterrupt: SIGTERM" in errors
-    records = log(studio)
-    assert (records[-1]["event"], records[-1]["code"]) == ("error", "interrupted")
-    assert not running(next(record["pid"] for record in records if record["event"] == "extension-start"))
-
-
-# --- the program, confined -------------------------------------------------------------------------------------------
-
-
-def test_the_confined_program_has_all_it_needs(studio, cpu: str) -> None:
-    """Backing files are read late, workers restarted and outputs written after rights are given up."""
-    source = Path(__file__).parent / "guests" / "far.asm"
-    base, image, folder = studio.folder / "base.img", studio.folder / "over.qcow2", studio.folder
-    subprocess.run(["nasm", "-f", "bin", "-o", base, source], check=True)
-    base.write_bytes(b"".join(b"%05d" % number + bytes(65531) if number else base.read_bytes() + bytes(65024)
-                              for number in range(64)))  # fmt: skip
-    create = ["qemu-img", "create", "-q", "-f", "qcow2", "-b", base.name, "-F", "raw", image]
-    subprocess.run(create, check=True)
-    trap = studio.wat('(func (export "on_pio_read") (param i32 i32) (result i64) unreachable)')
-    studio.graft(trap, image, onFault="restart(2)")
-    command = [
-        sys.executable, "-m", "vmgraft", "run", image, "--policy", studio.policy, "--root", folder, "--cpu", cpu,
-        "--audit-log", folder / "audit.jsonl", "--serial", folder / "serial", "--screen", folder / "screen", "--json",
-    ]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.stderr == ""
-    report = json.loads(done.stdout)
-    assert (report["exitCode"], report["end"]["reason"]) == (0, "shutdown")
-    assert {"no-new-privs", "seccomp"} <= set(report["confinement"])
-    assert (folder / "serial").read_text() == "00003000230004300063"
-    assert (folder / "screen").exists()
-    assert [item["restarts"] for item in report["layer"]] == [2]
-    assert log(studio)[-1]["event"] == "end"
-
-
 # --- what a run leaves, and what a worker holds ----------------------------------------------------------------------
 
 
 @pytest.mark.slow
 def test_many_runs_leak_nothing(studio) -> None:
-    studio.graft(studio.wat(ONES))
+    studio.graft(studio.wat(studio.ONES))
     launcher(studio, audit_log=None).run()
     children = Path(f"/proc/self/task/{os.getpid()}/children")
     before = [*sorted(Path("/proc/self/fd").iterdir()), children.read_text()]
@@ -410,12 +275,12 @@ def test_many_runs_leak_nothing(studio) -> None:
 
 
 def test_a_worker_holds_no_kvm_and_no_disk(studio, monkeypatch, cpu: str) -> None:
-    studio.graft(studio.wat(ONES))
+    studio.graft(studio.wat(studio.ONES))
     held: list[str] = []
     real = launch.Machine.run
 
     def look(machine: launch.Machine) -> Any:
-        pid = next(record["pid"] for record in log(studio) if record["event"] == "extension-start")
+        pid = next(record["pid"] for record in studio.log() if record["event"] == "extension-start")
         try:
             descriptors = [str(entry.readlink()) for entry in Path(f"/proc/{pid}/fd").iterdir()]
             maps = Path(f"/proc/{pid}/maps").read_text()

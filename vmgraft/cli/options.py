@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import click
 
@@ -26,11 +27,26 @@ def image_argument(function: F) -> F:
     return click.argument("image", type=FILE)(function)
 
 
-def root_option(function: F) -> F:
-    """``--root``: the folder that backing files may lie in."""
-    return click.option(
-        "--root", type=DIRECTORY, help="Folder that backing files must lie in (default: the image's own folder)."
-    )(function)
+def opening_options(function: F) -> F:
+    """``--image-format`` and ``--root``; the command gets one ``opening``."""
+
+    @functools.wraps(function)
+    def command(*args: Any, root: Path | None, image_format: str | None, **kwargs: Any) -> Any:
+        from vmgraft.imagefmt.contract import Opening
+
+        return function(*args, opening=Opening(root=root, format=image_format), **kwargs)
+
+    for option in (
+        click.option(
+            "--root", type=DIRECTORY, help="Folder that backing files must lie in (default: the image's own folder)."
+        ),
+        click.option(
+            "--image-format", type=click.Choice(["qcow2", "iso9660", "raw"]),
+            help="Format of the image (default: found out). Name it for raw disks whose guest is not trusted.",
+        ),
+    ):  # fmt: skip
+        command = option(command)
+    return cast("F", command)
 
 
 def policy_option(function: F) -> F:

@@ -78,6 +78,12 @@ def orderly_end() -> Iterator[None]:
             signal.signal(number, handler)
 
 
+def show_warnings(warnings: list[str]) -> None:
+    """Print warnings on stderr."""
+    for warning in warnings:
+        click.echo(f"{click.style('warning:', fg='yellow')} {printable(warning)}", err=True)
+
+
 @contextmanager
 def progress_bar(label: str, *, quiet: bool = False) -> Iterator[Progress | None]:
     """Yield a progress callback drawing a bar on stderr, or None when stderr is no terminal."""

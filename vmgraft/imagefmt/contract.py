@@ -204,6 +204,24 @@ class Image(ABC):
 
 
 @dataclass(frozen=True, slots=True)
+class Opening:
+    """What a user says about opening an image.
+
+    Attributes:
+        root: Folder that backing files must lie in; None means the image's own folder.
+        format: Name of the format; None asks the file. Naming it matters for raw disks: a guest can write the first
+            bytes of any other container into its own.
+    """
+
+    root: Path | None = None
+    format: str | None = None
+
+
+#: Ask the file for its format, and keep backing files in its folder.
+PROBE = Opening()
+
+
+@dataclass(frozen=True, slots=True)
 class OpenOptions:
     """How to open an image.
 

@@ -12,6 +12,7 @@ from vmgraft.errors import FileError, UsageError
 from vmgraft.imagefmt.commit import atomic_output
 from vmgraft.imagefmt.contract import Kind
 from vmgraft.imagefmt.flatfile import FlatFile
+from vmgraft.imagefmt.locks import refuse_writer
 
 #: Linux <linux/fs.h>: _IOW(0x94, 9, int).
 _FICLONE = 0x40049409
@@ -30,6 +31,7 @@ def copy_file(source: str | Path, destination: str | Path, *, replace: bool = Fa
 
     Raises:
         UsageError: when the destination exists and may not be replaced, or is the source.
+        ImageInUseError: when another process writes to the source: the copy could be torn.
         FileError: when reading or writing fails.
     """
     target = Path(destination)
@@ -37,6 +39,7 @@ def copy_file(source: str | Path, destination: str | Path, *, replace: bool = Fa
     try:
         if _is_same(original, target):
             raise UsageError("source and output are the same file", file=target)
+        refuse_writer(original.fd, file=source)
         with atomic_output(target, replace=replace) as fd:
             try:
                 _copy(original, fd)

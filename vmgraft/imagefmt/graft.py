@@ -8,10 +8,12 @@ from pathlib import Path
 
 from vmgraft.errors import FileError, GraftFormatError, NoGraftError, PayloadMismatchError, UsageError
 from vmgraft.imagefmt.contract import (
+    PROBE,
     ContentDigest,
     GraftState,
     Image,
     Located,
+    Opening,
     OpenOptions,
     Placement,
     Progress,
@@ -19,7 +21,7 @@ from vmgraft.imagefmt.contract import (
 )
 from vmgraft.imagefmt.locator import LOCATOR_SIZE
 from vmgraft.imagefmt.record import Record, Section, SectionKind, StoredSection, build_record, parse_record
-from vmgraft.imagefmt.registry import detect
+from vmgraft.imagefmt.registry import detect, get_format
 from vmgraft.imagefmt.sidecar import RECORD_OFFSET, sidecar_path
 from vmgraft.imagefmt.tree import ContentTree, digest_with_tree
 from vmgraft.imagefmt.undo import pack_undo
@@ -31,22 +33,23 @@ _PAYLOAD_KINDS = (SectionKind.MANIFEST, SectionKind.MODULE, SectionKind.FILES)
 _FREE = (GraftState.NONE, GraftState.ORPHANED)
 
 
-def open_image(path: str | Path, *, root: str | Path | None = None, writable: bool = False) -> Image:
+def open_image(path: str | Path, opening: Opening = PROBE, *, writable: bool = False) -> Image:
     """Open a disk image of any registered format.
 
     Symbolic links are resolved first, so a sidecar always lies beside the file itself.
 
     Args:
         path: The image.
-        root: Folder that backing files must lie in; the image's own folder when ``None``.
+        opening: Its format, if it is not to be asked for it, and where backing files may lie.
         writable: Open for attach or detach, and take QEMU-compatible locks.
 
     Raises:
         FileError: when it cannot be opened, is malformed, unsupported or in use.
     """
     real = _resolve(Path(path))
-    options = OpenOptions(writable=writable, root=None if root is None else _resolve(Path(root)))
-    return detect(real).open(real, options)
+    options = OpenOptions(writable=writable, root=None if opening.root is None else _resolve(opening.root))
+    row = detect(real) if opening.format is None else get_format(opening.format)
+    return row.open(real, options)
 
 
 class Graft:
@@ -214,7 +217,7 @@ def attach_sections(
     *,
     placement: Placement = Placement.AUTO,
     tree_digest: bytes,
-    root: str | Path | None = None,
+    opening: Opening = PROBE,
 ) -> Located:
     """Build a record of ``sections`` and UNDO, write it, and read it back.
 
@@ -223,7 +226,7 @@ def attach_sections(
         sections: What the record is to hold, without UNDO.
         placement: Where it goes; ``AUTO`` is inline where it fits, else a sidecar.
         tree_digest: fs-verity digest of the content (32 bytes), kept in the locator as a hint.
-        root: Folder that backing files must lie in.
+        opening: How to open the image.
 
     Returns:
         The graft as found by a reader.
@@ -243,10 +246,10 @@ def attach_sections(
         written.append(build_record([undo_section, *sections]))
         return written[-1]
 
-    with open_image(image_path, root=root, writable=True) as image:
+    with open_image(image_path, opening, writable=True) as image:
         _make_free(image)
         image.attach(build, placement, tree_digest)
-    with open_image(image_path, root=root) as image:
+    with open_image(image_path, opening) as image:
         return _check_written(image, written[-1])
 
 
@@ -277,7 +280,7 @@ def _check_written(image: Image, record: bytes) -> Located:
     return located
 
 
-def detach_image(path: str | Path, *, root: str | Path | None = None) -> None:
+def detach_image(path: str | Path, opening: Opening = PROBE) -> None:
     """Take the graft away and give the original file back, byte for byte.
 
     Raises:
@@ -286,7 +289,7 @@ def detach_image(path: str | Path, *, root: str | Path | None = None) -> None:
         UsageError: when bytes of somebody else would be lost.
         FileError: when the image cannot be written, or is in use.
     """
-    with open_image(path, root=root, writable=True) as image:
+    with open_image(path, opening, writable=True) as image:
         located = image.locate()
         if located.state is GraftState.NONE:
             if image.recovered:

@@ -19,6 +19,8 @@ from vmgraft.errors import FileError, ImageInUseError
 
 #: "I write", "I resize", "nobody else may write", "nobody else may resize" (QEMU ``block/file-posix.c``).
 LOCK_BYTES = (101, 103, 201, 203)
+#: Those of them that say "I write" and "I resize".
+WRITER_BYTES = (101, 103)
 
 # Linux <asm-generic/fcntl.h>; Python 3.11 does not name them.
 _F_OFD_GETLK = 36
@@ -56,6 +58,22 @@ def acquire(fd: int, *, file: str | PathLike[str]) -> None:
     if taken:
         release(fd)
         raise _in_use(file)
+
+
+def refuse_writer(fd: int, *, file: str | PathLike[str]) -> None:
+    """Refuse an image that another process writes to; readers do not matter. ``fd`` need not be writable.
+
+    Raises:
+        ImageInUseError: when a QEMU program has it open for writing.
+    """
+    try:
+        written = [byte for byte in WRITER_BYTES if _is_taken(fd, byte)]
+    except OSError:
+        return  # a file system without such locks has no writer that could be seen
+    if written:
+        raise ImageInUseError(
+            "another process writes to the image", file=file, hint="shut down the guest or tool, then try again"
+        )
 
 
 def release(fd: int) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Final
 
 from vmgraft.errors import FileError, UsageError
+from vmgraft.imagefmt.contract import PROBE, Opening
 from vmgraft.inspect.extract import extract_part
 from vmgraft.signing.dsse import parse_envelope
 from vmgraft.signing.export import export_bundle, export_openssl
@@ -17,7 +18,7 @@ FORMATS: Final = ("bundle", "openssl")
 
 
 def export_image(
-    path: Path, form: str, output: Path, publics: Sequence[Path], *, root: Path | None = None
+    path: Path, form: str, output: Path, publics: Sequence[Path], *, opening: Opening = PROBE
 ) -> list[Path]:
     """Write Sigstore bundles, or files and a script for OpenSSL, into a folder.
 
@@ -26,7 +27,7 @@ def export_image(
         form: ``bundle`` or ``openssl``.
         output: Folder, created if missing; existing files are not overwritten.
         publics: Public keys of the signers, put beside the script; without them it takes keys as arguments.
-        root: Folder that backing files must lie in.
+        opening: How to open the image.
 
     Returns:
         The files written.
@@ -40,7 +41,7 @@ def export_image(
         raise UsageError(f"no export format {form!r}", field="format", hint="one of " + ", ".join(FORMATS))
     if form != "openssl" and publics:
         raise UsageError("public keys go with the format openssl only", field="key", hint="leave out --key")
-    envelope = parse_envelope(extract_part(path, "envelope", root=root), file=path)
+    envelope = parse_envelope(extract_part(path, "envelope", opening=opening), file=path)
     if form == "openssl":
         files = export_openssl(envelope, [load_public(public) for public in publics])
     else:

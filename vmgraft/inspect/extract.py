@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Final
 
 from vmgraft.errors import GraftFormatError, UsageError
+from vmgraft.imagefmt.contract import PROBE, Opening
 from vmgraft.imagefmt.graft import open_graft, open_image
 from vmgraft.signing.dsse import parse_envelope
 from vmgraft.signing.statement import parse_statement
@@ -13,21 +14,21 @@ from vmgraft.signing.statement import parse_statement
 PARTS: Final = ("statement", "envelope", "manifest", "module", "record")
 
 
-def extract_part(path: Path, part: str, *, extension: str | None = None, root: Path | None = None) -> bytes:
+def extract_part(path: Path, part: str, *, extension: str | None = None, opening: Opening = PROBE) -> bytes:
     """Return a part of the graft; nothing is verified.
 
     Args:
         path: The image.
         part: One of ``PARTS``.
         extension: Id of the extension, needed for ``manifest`` and ``module`` when the image carries several.
-        root: Folder that backing files must lie in.
+        opening: How to open the image.
 
     Raises:
         NoGraftError: the image carries none.
         GraftFormatError: the part is missing or damaged.
         UsageError: no such extension, or it is not said which.
     """
-    with open_image(path, root=root) as image:
+    with open_image(path, opening) as image:
         graft = open_graft(image)
         if part == "record":
             if graft.located.record is None:

@@ -7,18 +7,18 @@ from pathlib import Path
 from typing import Any
 
 from vmgraft.errors import FileError, GraftFormatError, NoGraftError, VmgraftError
-from vmgraft.imagefmt.contract import GraftState, Located
+from vmgraft.imagefmt.contract import PROBE, GraftState, Image, Located, Opening
 from vmgraft.imagefmt.graft import Graft, open_image
 from vmgraft.schemas import strict_json
 from vmgraft.signing.dsse import parse_envelope
 
 
-def inspect_image(path: Path, *, root: Path | None = None) -> dict[str, Any]:
+def inspect_image(path: Path, opening: Opening = PROBE) -> dict[str, Any]:
     """Describe an image and its graft without trusting either.
 
     Args:
         path: Any image of a known format.
-        root: Folder that backing files must lie in.
+        opening: How to open the image.
 
     Returns:
         ``image``: what this program measured. ``graft``: state, placement and sizes as found. ``unverified``: what the
@@ -27,7 +27,7 @@ def inspect_image(path: Path, *, root: Path | None = None) -> dict[str, Any]:
     Raises:
         FileError: when the file is unreadable or of no known format.
     """
-    with open_image(path, root=root) as image:
+    with open_image(path, opening) as image:
         located = image.locate()
         room = image.room()
         report: dict[str, Any] = {
@@ -56,14 +56,14 @@ def _file_size(path: Path) -> int:
         raise FileError(f"the file cannot be read: {error.strerror}", file=path, hint="was it moved?") from error
 
 
-def list_extensions(path: Path, *, root: Path | None = None) -> dict[str, Any]:
+def list_extensions(path: Path, opening: Opening = PROBE) -> dict[str, Any]:
     """Return ``{state, placement, extensions: [...]}`` of an image; nothing verified.
 
     Raises:
         NoGraftError: the image carries none.
         FileError: when the file is unreadable or of no known format.
     """
-    report = inspect_image(path, root=root)
+    report = inspect_image(path, opening)
     if report["graft"]["state"] == GraftState.NONE.value:
         raise NoGraftError("the image carries no graft", file=path, hint="`vmgraft attach` puts one in")
     keep = ("id", "version", "securityVersion", "title", "vendor", "capabilities")
@@ -77,6 +77,14 @@ def list_extensions(path: Path, *, root: Path | None = None) -> dict[str, Any]:
             ]
         },
     }
+
+
+def state_warnings(image: Image) -> list[str]:
+    """Say in words when the bytes that vmgraft reads may not be all that another program shows; else nothing."""
+    located = image.locate()
+    if located.state in (GraftState.NONE, GraftState.OK):
+        return []
+    return [f"{image.path.name}: graft state {located.state.value}: {located.detail or 'not intact'}"]
 
 
 def _graft_facts(located: Located) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from vmgraft import __version__
 from vmgraft.errors import FileError, UsageError, VerificationError, VmgraftError
-from vmgraft.imagefmt.contract import ContentDigest, GraftState, Located, Placement, Progress
+from vmgraft.imagefmt.contract import PROBE, ContentDigest, GraftState, Located, Opening, Placement, Progress
 from vmgraft.imagefmt.graft import attach_sections, detach_image, open_graft, open_image
 from vmgraft.imagefmt.record import Section, SectionKind
 from vmgraft.imagefmt.tree import digest_content
@@ -39,7 +39,7 @@ class AttachOptions:
         binding: ``image`` (this content only) or ``any`` (a portable extension).
         flat: When to sign the flat SHA-256 beside the content tree: ``auto``, ``always``, ``never``.
         expires: End of validity, or None.
-        root: Folder that backing files must lie in.
+        opening: How to open the image.
     """
 
     output: Path | None = None
@@ -47,7 +47,7 @@ class AttachOptions:
     placement: Placement = Placement.AUTO
     flat: FlatMode = "auto"
     expires: datetime | None = None
-    root: Path | None = None
+    opening: Opening = PROBE
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,13 +100,13 @@ def attach(
     return Attached(options.output or image, located, _sha256(statement), content, tuple(key.keyid for key in keys))
 
 
-def detach(image: Path, *, output: Path | None = None, root: Path | None = None) -> Path:
+def detach(image: Path, *, output: Path | None = None, opening: Opening = PROBE) -> Path:
     """Take the graft away; the file is byte for byte what it was before attach.
 
     Args:
         image: A grafted image.
         output: Write the original here and leave the image alone; None works in place.
-        root: Folder that backing files must lie in.
+        opening: How to open the image.
 
     Raises:
         NoGraftError: there is none.
@@ -114,20 +114,20 @@ def detach(image: Path, *, output: Path | None = None, root: Path | None = None)
         FileError: the output's name is taken, or a file cannot be read or written.
     """
     if output is None:
-        detach_image(image, root=root)
+        detach_image(image, opening)
         return image
     with work_copy(image, output) as work:
-        detach_image(work, root=root)
+        detach_image(work, opening)
     return output
 
 
-def check_detach_ids(image: Path, ids: Sequence[str], *, root: Path | None = None) -> None:
+def check_detach_ids(image: Path, ids: Sequence[str], opening: Opening = PROBE) -> None:
     """Refuse to detach only some of the extensions that a statement covers.
 
     Raises:
         UsageError: when the ids are not exactly those of the image.
     """
-    with open_image(image, root=root) as opened:
+    with open_image(image, opening) as opened:
         carried = {parse_manifest(data, file=image).id for data in open_graft(opened).manifests()}
     if set(ids) != carried:
         raise UsageError(
@@ -177,7 +177,7 @@ def _taken_back_on_failure(target: Path, options: AttachOptions) -> Iterator[Non
 
 def _take_back(target: Path, options: AttachOptions, error: BaseException) -> None:
     try:
-        detach_image(target, root=options.root)
+        detach_image(target, options.opening)
     except VmgraftError as second:
         first = str(error) or type(error).__name__
         raise FileError(
@@ -189,7 +189,7 @@ def _take_back(target: Path, options: AttachOptions, error: BaseException) -> No
 
 def _refuse_grafted(image: Path, options: AttachOptions) -> None:
     """Refuse an image that carries a graft before any long work is done; the leavings of one are written over."""
-    with open_image(image, root=options.root) as opened:
+    with open_image(image, options.opening) as opened:
         state = opened.locate().state
     if state not in (GraftState.NONE, GraftState.ORPHANED):
         raise UsageError(
@@ -201,7 +201,7 @@ def _refuse_grafted(image: Path, options: AttachOptions) -> None:
 
 def _digest(path: Path, options: AttachOptions, progress: Progress | None) -> tuple[ContentDigest, int]:
     """Read the guest content once; return its digests and the size of a sector."""
-    with open_image(path, root=options.root) as image:
+    with open_image(path, options.opening) as image:
         return digest_content(image, flat=options.flat, progress=progress), image.sector_size
 
 
@@ -223,7 +223,7 @@ def _write(
     hints = {"tool": f"vmgraft {__version__}", "attached": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")}
     sections.append(Section(SectionKind.HINTS, json.dumps(hints, sort_keys=True).encode(), critical=False))
     return attach_sections(
-        path, sections, placement=options.placement, tree_digest=content.tree_digest, root=options.root
+        path, sections, placement=options.placement, tree_digest=content.tree_digest, opening=options.opening
     )
 
 
@@ -233,7 +233,7 @@ def _verify_written(path: Path, keys: Sequence[PrivateKey], options: AttachOptio
     Raises:
         VerificationError: when what was written is not what was signed (a bug, or the file changed meanwhile).
     """
-    with open_image(path, root=options.root) as image:
+    with open_image(path, options.opening) as image:
         report = self_check(open_graft(image), [key.public for key in keys], now=datetime.now(UTC))
     if not report.ok:
         failed = deciding_check(report)

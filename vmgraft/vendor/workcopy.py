@@ -31,11 +31,12 @@ def work_copy(image: Path, output: Path) -> Iterator[Path]:
         raise FileError("no such folder", file=output.parent, hint="make it first, or name another output")
     for path in (output, sidecar_path(output)):
         _refuse_taken(path)
-    source, work = Path(os.path.realpath(image)), output.with_name(f".{output.name}.{secrets.token_hex(6)}.tmp")
+    source, work = Path(os.path.realpath(image)), output.with_name(f".vmgraft-{secrets.token_hex(8)}.tmp")
     try:
         copy_file(source, work)
-        if sidecar_path(source).is_file() and not sidecar_path(source).is_symlink():
-            copy_file(sidecar_path(source), sidecar_path(work))
+        sidecar = sidecar_path(source)
+        if os.path.isfile(sidecar) and not os.path.islink(sidecar):  # noqa: PTH113,PTH114 - Path raises for long names
+            copy_file(sidecar, sidecar_path(work))
         yield work
         _publish(work, output)
     except VmgraftError as error:

@@ -102,7 +102,7 @@ class Launcher:
             VmgraftError: as :meth:`run`, for what can be found out without starting.
         """
         policy = load_policy(self._policy_path)
-        with open_image(self._path, root=self._options.root) as image:
+        with open_image(self._path, self._options.opening) as image:
             report = self._verify(image, open_graft(image, progress=self._progress), policy)
         if report.plan is not None:
             _specs(report.plan)
@@ -143,7 +143,7 @@ class Launcher:
         }
 
     def _run(self, stack: ExitStack, log: AuditLog, policy: Policy) -> RunReport:
-        image = stack.enter_context(open_image(self._path, root=self._options.root))
+        image = stack.enter_context(open_image(self._path, self._options.opening))
         graft = open_graft(image, progress=self._progress)
         report = self._verify(image, graft, policy)
         checks = [check.to_dict() for check in report.verification.checks]

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from vmgraft.errors import CapabilityError
+from vmgraft.imagefmt.contract import PROBE, Opening
 from vmgraft.signing.capabilities import (
     Flag,
     GuestWindow,
@@ -36,7 +37,7 @@ class RunOptions:
         until: Stop as soon as this text stands on the screen or came out of the serial port.
         keys: Typed into the guest's keyboard.
         extensions: False boots the verified image without loading its extensions.
-        root: Folder that backing files must lie in.
+        opening: How to open the image.
         audit_log: File for the audit log.
         seed: Makes what extensions draw from ``random`` repeatable.
         trace: Keep the I/O trace of the guest in the result.
@@ -49,7 +50,7 @@ class RunOptions:
     until: str | None = None
     keys: str = ""
     extensions: bool = True
-    root: Path | None = None
+    opening: Opening = PROBE
     audit_log: Path | None = None
     seed: bytes | None = None
     trace: bool = False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
@@ -11,23 +12,26 @@ from vmgraft.cli.options import (
     flat_digest_option,
     image_argument,
     json_option,
+    opening_options,
     policy_option,
     quiet_option,
-    root_option,
 )
+
+if TYPE_CHECKING:
+    from vmgraft.imagefmt.contract import Opening
 
 
 @click.command("list", epilog="Example: vmgraft list disk.qcow2")
 @image_argument
-@root_option
+@opening_options
 @json_option
-def list_(image: Path, root: Path | None, as_json: bool) -> None:
+def list_(image: Path, opening: Opening, as_json: bool) -> None:
     """List the extensions in an image; nothing is verified."""
     from vmgraft.cli.output import emit_ok
     from vmgraft.cli.views import show_list
     from vmgraft.inspect.report import list_extensions
 
-    listing = list_extensions(image, root=root)
+    listing = list_extensions(image, opening)
     if as_json:
         emit_ok(listing)
     else:
@@ -36,15 +40,15 @@ def list_(image: Path, root: Path | None, as_json: bool) -> None:
 
 @click.command(epilog="Example: vmgraft inspect disk.qcow2")
 @image_argument
-@root_option
+@opening_options
 @json_option
-def inspect(image: Path, root: Path | None, as_json: bool) -> None:
+def inspect(image: Path, opening: Opening, as_json: bool) -> None:
     """Show everything an image carries. Trusts nothing: what the file claims is marked as unverified."""
     from vmgraft.cli.output import emit_ok
     from vmgraft.cli.views import show_inspection
     from vmgraft.inspect.report import inspect_image
 
-    report = inspect_image(image, root=root)
+    report = inspect_image(image, opening)
     if as_json:
         emit_ok(report)
     else:
@@ -59,29 +63,31 @@ def inspect(image: Path, root: Path | None, as_json: bool) -> None:
     "-o", "--output", type=click.Path(path_type=Path, allow_dash=True, dir_okay=False), default="-", show_default=True,
     help="A new file, or - for stdout.",
 )  # fmt: skip
-@root_option
-def extract(image: Path, part: str, extension: str | None, output: Path, root: Path | None) -> None:
+@opening_options
+def extract(image: Path, part: str, extension: str | None, output: Path, opening: Opening) -> None:
     """Write a part of the graft as it is stored; nothing is verified."""
     from vmgraft.cli.files import write_output
     from vmgraft.inspect.extract import extract_part
 
-    write_output(output, extract_part(image, part, extension=extension, root=root), what=part)
+    write_output(output, extract_part(image, part, extension=extension, opening=opening), what=part)
 
 
 @click.command(epilog="Example: vmgraft digest disk.qcow2 --json")
 @image_argument
 @flat_digest_option
-@root_option
+@opening_options
 @quiet_option
 @json_option
-def digest(image: Path, flat_digest: str, root: Path | None, quiet: bool, as_json: bool) -> None:
+def digest(image: Path, flat_digest: str, opening: Opening, quiet: bool, as_json: bool) -> None:
     """Print the digests of the guest content: the same for every container that holds it."""
-    from vmgraft.cli.output import emit_ok, human_size, progress_bar
+    from vmgraft.cli.output import emit_ok, human_size, progress_bar, show_warnings
     from vmgraft.imagefmt.graft import open_image
     from vmgraft.imagefmt.tree import digest_content
+    from vmgraft.inspect.report import state_warnings
 
-    with open_image(image, root=root) as opened, progress_bar("digest", quiet=quiet or as_json) as bar:
+    with open_image(image, opening) as opened, progress_bar("digest", quiet=quiet or as_json) as bar:
         result = digest_content(opened, flat=flat_digest, progress=bar)  # type: ignore[arg-type]  # a click.Choice
+        warnings = state_warnings(opened)
     flat = None if result.flat is None else result.flat.hex()
     if as_json:
         tree = {
@@ -89,36 +95,40 @@ def digest(image: Path, flat_digest: str, root: Path | None, quiet: bool, as_jso
             "rootHash": result.root_hash.hex(),
             "blockSize": result.block_size,
         }
-        emit_ok({"virtualSize": result.virtual_size, "tree": tree, "sha256": flat})
+        emit_ok({"virtualSize": result.virtual_size, "tree": tree, "sha256": flat, "warnings": warnings})
         return
     click.echo(f"size         {result.virtual_size} ({human_size(result.virtual_size)})")
     click.echo(f"tree digest  {result.tree_digest.hex()}")
     click.echo(f"root hash    {result.root_hash.hex()}")
     click.echo(f"sha256       {flat or 'not computed (--flat-digest always)'}")
+    show_warnings(warnings)
 
 
 @click.command(epilog="Example: vmgraft diff golden.raw suspect.qcow2")
 @click.argument("a", type=FILE)
 @click.argument("b", type=FILE)
-@root_option
+@opening_options
 @quiet_option
 @json_option
-def diff(a: Path, b: Path, root: Path | None, quiet: bool, as_json: bool) -> int:
+def diff(a: Path, b: Path, opening: Opening, quiet: bool, as_json: bool) -> int:
     """Show where the guest contents of A and B differ. Exit 0: identical, 12: different."""
     from vmgraft.cli.exitcodes import exit_code
     from vmgraft.cli.output import emit_json, human_size, printable, progress_bar
     from vmgraft.errors import ContentMismatchError
     from vmgraft.imagefmt.graft import open_image
     from vmgraft.inspect.diff import diff_images
+    from vmgraft.inspect.report import state_warnings
 
-    with open_image(a, root=root) as left, open_image(b, root=root) as right:
+    with open_image(a, opening) as left, open_image(b, opening) as right:
         with progress_bar("compare", quiet=quiet or as_json) as bar:
             ranges = diff_images(left, right, bar)
         sizes = (left.virtual_size, right.virtual_size)
+        warnings = state_warnings(left) + state_warnings(right)
     code = exit_code(ContentMismatchError.code if ranges else None)
     if as_json:
         found = [item.to_dict() for item in ranges]
-        document = {"ok": not ranges, "exitCode": code, "identical": not ranges, "sizes": list(sizes), "ranges": found}
+        document = {"ok": not ranges, "exitCode": code, "identical": not ranges, "sizes": list(sizes), "ranges": found,
+                    "warnings": warnings}  # fmt: skip
         if ranges:
             document["error"] = ContentMismatchError("the guest contents differ", file=b).to_dict()
         emit_json(document)
@@ -128,16 +138,17 @@ def diff(a: Path, b: Path, root: Path | None, quiet: bool, as_json: bool) -> int
         click.echo(f"{item.start:#014x}-{item.end:#014x}  {human_size(item.end - item.start)}{where}")
     total = sum(item.end - item.start for item in ranges)
     click.echo(f"{len(ranges)} ranges, {human_size(total)} differ" if ranges else "identical")
+    show_warnings(warnings)
     return code
 
 
 @click.command(epilog="Example: vmgraft verify disk.qcow2 --policy policy.json")
 @image_argument
 @policy_option
-@root_option
+@opening_options
 @quiet_option
 @json_option
-def verify(image: Path, policy_path: Path, root: Path | None, quiet: bool, as_json: bool) -> int:
+def verify(image: Path, policy_path: Path, opening: Opening, quiet: bool, as_json: bool) -> int:
     """Check an image against a trust policy: signature, signers, content, payloads, freshness, capabilities."""
     from vmgraft.cli.exitcodes import exit_code
     from vmgraft.cli.output import emit_json, progress_bar
@@ -145,7 +156,7 @@ def verify(image: Path, policy_path: Path, root: Path | None, quiet: bool, as_js
     from vmgraft.inspect.verdict import verify_image
 
     with progress_bar("verify", quiet=quiet or as_json) as bar:
-        report = verify_image(image, policy_path, root=root, progress=bar)
+        report = verify_image(image, policy_path, opening=opening, progress=bar)
     if as_json:
         emit_json(verdict_document(report, image))
     else:
@@ -161,16 +172,16 @@ def verify(image: Path, policy_path: Path, root: Path | None, quiet: bool, as_js
 )  # fmt: skip
 @click.option("--key", "publics", type=FILE, multiple=True, help="Public key of a signer (for openssl); repeatable.")
 @click.option("-o", "--output", type=click.Path(path_type=Path, file_okay=False), required=True, help="Folder.")
-@root_option
+@opening_options
 @json_option
-def export(image: Path, form: str, publics: tuple[Path, ...], output: Path, root: Path | None, as_json: bool) -> None:
+def export(image: Path, form: str, publics: tuple[Path, ...], output: Path, opening: Opening, as_json: bool) -> None:
     """Write the signatures in forms that other tools verify: Sigstore bundles, or files for OpenSSL."""
     import shlex
 
     from vmgraft.cli.output import emit_ok, printable
     from vmgraft.inspect.exports import export_image
 
-    files = export_image(image, form, output, publics, root=root)
+    files = export_image(image, form, output, publics, opening=opening)
     if as_json:
         emit_ok({"files": [str(path) for path in files]})
         return

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
@@ -12,12 +13,15 @@ from vmgraft.cli.options import (
     cpu_option,
     image_argument,
     json_option,
+    opening_options,
     policy_option,
     quiet_option,
-    root_option,
 )
 
 OUTPUT = click.Path(path_type=Path, allow_dash=True, dir_okay=False)
+
+if TYPE_CHECKING:
+    from vmgraft.imagefmt.contract import Opening
 
 
 def _finite(_context: click.Context, _parameter: click.Parameter, value: float | None) -> float | None:
@@ -57,7 +61,7 @@ def _not_empty(_context: click.Context, _parameter: click.Parameter, value: str 
 @click.option("--audit-log", type=FILE, help="Write a hash-chained log of decisions and faults to this new file.")
 @click.option("--without-extensions", is_flag=True, help="Boot the verified image, but load no extension.")
 @click.option("--dry-run", is_flag=True, help="Verify and print the launch plan; start nothing.")
-@root_option
+@opening_options
 @quiet_option
 @json_option
 def run(
@@ -74,7 +78,7 @@ def run(
     audit_log: Path | None,
     without_extensions: bool,
     dry_run: bool,
-    root: Path | None,
+    opening: Opening,
     quiet: bool,
     as_json: bool,
 ) -> int:
@@ -90,7 +94,7 @@ def run(
 
     options = RunOptions(
         cpu=cpu, boot=boot, memory_mib=memory, timeout=timeout, until=until, keys=keys,
-        extensions=not without_extensions, root=root, audit_log=audit_log,
+        extensions=not without_extensions, opening=opening, audit_log=audit_log,
     )  # fmt: skip
     with Outputs(screen=screen, serial=serial, as_json=as_json) as outputs:
         with progress_bar("verify", quiet=quiet or as_json) as bar:

@@ -15,14 +15,17 @@ from vmgraft.cli.options import (
     flat_digest_option,
     image_argument,
     json_option,
+    opening_options,
     passphrase_options,
     quiet_option,
-    root_option,
 )
 
 if TYPE_CHECKING:
     from vmgraft.vendor.graft import Attached
     from vmgraft.vendor.pack import Package
+
+if TYPE_CHECKING:
+    from vmgraft.imagefmt.contract import Opening
 
 
 @click.command(epilog="Example: vmgraft new ./my-clock --id com.acme.clock")
@@ -63,7 +66,7 @@ def new(folder: Path, extension_id: str | None, as_json: bool) -> None:
     "--expires", type=click.DateTime(["%Y-%m-%dT%H:%M:%SZ", "%Y-%m-%d"]), help="End of validity, UTC (2027-11-22)."
 )
 @passphrase_options
-@root_option
+@opening_options
 @quiet_option
 @json_option
 def attach(
@@ -77,7 +80,7 @@ def attach(
     expires: datetime | None,
     passphrase_file: Path | None,
     passphrase_fd: int | None,
-    root: Path | None,
+    opening: Opening,
     quiet: bool,
     as_json: bool,
 ) -> None:
@@ -103,7 +106,7 @@ def attach(
         placement=Placement(placement),
         flat=flat_digest,  # type: ignore[arg-type]  # click.Choice has narrowed it
         expires=expires.replace(tzinfo=UTC) if expires else None,
-        root=root,
+        opening=opening,
     )
     signers = [load_private(key, source) for key in keys]
     with orderly_end(), progress_bar("digest", quiet=quiet or as_json) as progress:
@@ -112,7 +115,7 @@ def attach(
         emit_ok(_attached_document(done, packages))
     else:
         _show_attached(done, packages)
-        _raw_recipes(done.path, root)
+        _raw_recipes(done.path, opening)
 
 
 def _attached_document(done: Attached, packages: Sequence[Package]) -> dict[str, Any]:
@@ -142,13 +145,13 @@ def _show_attached(done: Attached, packages: Sequence[Package]) -> None:
     click.echo(f"content   sha256 tree {done.content.tree_digest.hex()}, read back and verified")
 
 
-def _raw_recipes(path: Path, root: Path | None) -> None:
+def _raw_recipes(path: Path, opening: Opening) -> None:
     """Say how other programs open a raw image without its trailer."""
     from vmgraft.cli.output import printable
     from vmgraft.imagefmt.contract import Placement
     from vmgraft.imagefmt.graft import open_image
 
-    with open_image(path, root=root) as image:
+    with open_image(path, opening) as image:
         located = image.locate()
         if image.format_name != "raw" or located.locator is None or located.locator.placement is Placement.SIDECAR:
             return
@@ -163,9 +166,9 @@ def _raw_recipes(path: Path, root: Path | None) -> None:
 @image_argument
 @click.argument("ids", nargs=-1)
 @click.option("-o", "--output", type=FILE, help="Write the original here and leave IMAGE alone.")
-@root_option
+@opening_options
 @json_option
-def detach(image: Path, ids: tuple[str, ...], output: Path | None, root: Path | None, as_json: bool) -> None:
+def detach(image: Path, ids: tuple[str, ...], output: Path | None, opening: Opening, as_json: bool) -> None:
     """Take the graft away; the file is byte for byte what it was before.
 
     IDs, if given, must name all extensions of the image: taking away some of them would need a new signature.
@@ -175,9 +178,9 @@ def detach(image: Path, ids: tuple[str, ...], output: Path | None, root: Path | 
     from vmgraft.vendor.graft import detach as take_away
 
     if ids:
-        check_detach_ids(image, ids, root=root)
+        check_detach_ids(image, ids, opening)
     with orderly_end():
-        path = take_away(image, output=output, root=root)
+        path = take_away(image, output=output, opening=opening)
     if as_json:
         emit_ok({"image": str(path)})
         return
