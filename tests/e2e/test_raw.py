@@ -72,8 +72,9 @@ def test_a_file_that_grew_is_not_passed_over_in_silence(cli, vendor: Path, disk:
         file.write(b"more" * 16384)
     assert "file-grown" in cli.json("digest", disk)["warnings"][0]
     assert "file-grown" in cli.json("diff", plain, disk)["warnings"][0]
-    cli("digest", disk)
-    assert "warning: disk.img: graft state file-grown" in cli.stderr
+    for command in (("digest", disk), ("diff", plain, disk)):
+        cli(*command)
+        assert "warning: disk.img: graft state file-grown" in cli.stderr
     cli("verify", disk, "--policy", vendor / "policy.json", code=5)
 
 

@@ -1,4 +1,4 @@
-"""A run from start to end: what is refused before anything starts, signals, time limits, and the log's last word."""
+"""A run from start to end: what is refused before anything starts, time limits, and the log's last word."""
 
 import dataclasses
 import json
@@ -211,6 +211,24 @@ def test_a_serial_sink_that_fails_ends_the_run(studio) -> None:
     assert (studio.log()[-1]["event"], studio.log()[-1]["code"]) == ("error", "file")
 
 
+def test_a_second_signal_ends_a_run_that_is_held_up(studio) -> None:
+    studio.graft(studio.wat(studio.ONES))
+    timers = [threading.Timer(seconds, os.kill, (os.getpid(), signal.SIGTERM)) for seconds in (0.6, 0.9)]
+
+    def full_pipe(_data: bytes) -> None:
+        for timer in timers:
+            if not timer.ident:
+                timer.start()
+        time.sleep(30)
+
+    began = time.monotonic()
+    with pytest.raises(KeyboardInterrupt, match="SIGTERM"):
+        Launcher(studio.image, studio.policy, options(studio), serial=full_pipe).run()
+    assert time.monotonic() - began < 10
+    assert (studio.log()[-1]["event"], studio.log()[-1]["code"]) == ("error", "interrupted")
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
 @contextmanager
 def file_size_limit(size: int) -> Iterator[None]:
     """Let the kernel refuse to grow any file beyond ``size``, as a full disk does."""
@@ -263,7 +281,6 @@ def test_text_seen_just_before_power_off_counts(studio) -> None:
 # --- what a run leaves, and what a worker holds ----------------------------------------------------------------------
 
 
-@pytest.mark.slow
 def test_many_runs_leak_nothing(studio) -> None:
     studio.graft(studio.wat(studio.ONES))
     launcher(studio, audit_log=None).run()

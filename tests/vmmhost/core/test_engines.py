@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
 import signal
 import subprocess
@@ -245,3 +247,30 @@ def test_stop_from_a_port_access_keeps_the_rest_of_the_guest_from_running(engine
     machine = make_machine(engine, "serial", until="hello")
     machine.run()
     assert machine.cpu.get("rax") & 0xFF == ord("o")
+
+
+@pytest.mark.parametrize("nth", [1, 2], ids=["in the probe", "in the machine"])
+@pytest.mark.parametrize(
+    "request_name",
+    [
+        *("KVM_CHECK_EXTENSION", "KVM_CREATE_VM", "KVM_GET_VCPU_MMAP_SIZE", "KVM_SET_USER_MEMORY_REGION"),
+        *("KVM_CREATE_VCPU", "KVM_GET_SREGS", "KVM_SET_SREGS", "KVM_SET_REGS"),
+    ],
+)
+def test_kvm_that_is_busy_is_reported_and_leaks_nothing(kvm, make_machine, monkeypatch, request_name, nth):
+    real, wanted, seen = fcntl.ioctl, getattr(abi, request_name), []
+
+    def busy(fd, request, *arguments):
+        seen.append(request)
+        if request == wanted and seen.count(wanted) == nth:
+            raise OSError(errno.EBUSY, os.strerror(errno.EBUSY))
+        return real(fd, request, *arguments)
+
+    before = sorted(Path("/proc/self/fd").iterdir())
+    monkeypatch.setattr(kvm_module.fcntl, "ioctl", busy)
+    with pytest.raises(EngineUnavailableError, match="busy") as caught:
+        make_machine(kvm, "halt")
+    assert str(caught.value).count("/dev/kvm") == 1
+    assert sorted(Path("/proc/self/fd").iterdir()) == before
+    seen.clear()
+    assert make_machine(Engine.AUTO, "halt").cpu.engine == "soft"

@@ -117,6 +117,21 @@ def test_without_any_namespace_a_plain_fork_is_left(fake_clone):
     assert not got & ALL_NAMESPACES
 
 
+def test_host_confinement_says_what_the_kernel_lacks():
+    code = """
+import json
+from vmgraft.vmmhost.layer import landlock, sandbox, seccomp
+def refuse(_program): raise OSError(22, "Invalid argument")
+landlock.abi_version = lambda: 0
+seccomp.install = refuse
+print(json.dumps(sandbox.confine_host()))
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=30,
+                         env={"PYTHONPATH": str(ROOT)}, check=False)  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    assert json.loads(run.stdout) == ["no-new-privs", "not-dumpable", "no-core"]
+
+
 def test_host_confinement_in_a_process_of_its_own(tmp_path):
     code = """
 import json, os, sys

@@ -113,7 +113,7 @@ def digest(image: Path, flat_digest: str, opening: Opening, quiet: bool, as_json
 def diff(a: Path, b: Path, opening: Opening, quiet: bool, as_json: bool) -> int:
     """Show where the guest contents of A and B differ. Exit 0: identical, 12: different."""
     from vmgraft.cli.exitcodes import exit_code
-    from vmgraft.cli.output import emit_json, human_size, printable, progress_bar
+    from vmgraft.cli.output import emit_json, human_size, printable, progress_bar, show_warnings
     from vmgraft.errors import ContentMismatchError
     from vmgraft.imagefmt.graft import open_image
     from vmgraft.inspect.diff import diff_images

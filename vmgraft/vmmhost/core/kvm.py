@@ -156,8 +156,8 @@ class Kvm(_Descriptor):
 
     def create_vm(self) -> Vm:
         """Return a new, empty virtual machine."""
-        vm_fd = _ioctl(self.fd, abi.KVM_CREATE_VM, 0, "KVM_CREATE_VM")
-        return Vm(vm_fd, self.run_size())
+        run_size = self.run_size()
+        return Vm(_ioctl(self.fd, abi.KVM_CREATE_VM, 0, "KVM_CREATE_VM"), run_size)
 
 
 class Vm(_Descriptor):

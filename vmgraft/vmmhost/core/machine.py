@@ -329,12 +329,20 @@ class _Offset:
 
 @contextmanager
 def _signals(stop: Callable[[EndReason, str], None]) -> Iterator[None]:
-    """Let Ctrl-C, SIGTERM and SIGHUP end the run in order, not in the midst of it; the old handlers come back."""
+    """Let Ctrl-C, SIGTERM and SIGHUP end the run in order, not in the midst of it; the old handlers come back.
+
+    A second signal raises KeyboardInterrupt: something, such as a full pipe behind the serial port, holds up the run.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
 
+    seen: list[int] = []
+
     def on_signal(number: int, _frame: FrameType | None) -> None:
+        if seen:
+            raise KeyboardInterrupt(signal.Signals(number).name)
+        seen.append(number)
         stop(EndReason.INTERRUPTED, "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name)
 
     old = {number: signal.getsignal(number) for number in END_SIGNALS}

@@ -115,7 +115,7 @@ def _open_kvm(ram: GuestRam) -> Cpu:
     require_main_thread()
     info = probe_kvm()
     if not info.usable:
-        raise EngineUnavailableError(info.reason, file="/dev/kvm", hint="choose --cpu soft")
+        raise EngineUnavailableError(info.reason, hint="choose --cpu soft")  # the reason names the device
     cpu = KvmCpu(ram)
     cpu.emulated = info.emulated
     return cpu
