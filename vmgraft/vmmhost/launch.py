@@ -16,7 +16,7 @@ from types import FrameType
 from typing import Any, Final
 
 from vmgraft import __version__
-from vmgraft.errors import RequiredExtensionError, VmgraftError
+from vmgraft.errors import NotBootableError, RequiredExtensionError, VmgraftError
 from vmgraft.imagefmt.contract import Image, Progress
 from vmgraft.imagefmt.graft import Graft, open_graft, open_image
 from vmgraft.signing.contract import Report
@@ -221,17 +221,21 @@ class Launcher:
 
     def _machine(self, disk: VerifiedDisk) -> Machine:
         options = self._options
-        return Machine(
-            Engine(options.cpu),
-            disk,
-            memory_mib=options.memory_mib,
-            boot=BootSource(options.boot),
-            keys=options.keys,
-            timeout=options.timeout,
-            until=options.until,
-            serial=self._serial,
-            trace=options.trace,
-        )
+        try:
+            return Machine(
+                Engine(options.cpu),
+                disk,
+                memory_mib=options.memory_mib,
+                boot=BootSource(options.boot),
+                keys=options.keys,
+                timeout=options.timeout,
+                until=options.until,
+                serial=self._serial,
+                trace=options.trace,
+            )
+        except NotBootableError as error:
+            error.file = str(self._path)  # the core knows content, not files
+            raise
 
     def _audit(self, log: AuditLog, event: str, detail: dict[str, Any]) -> None:
         """Write an event of the layer; remember whether a stop was asked for or is a penalty."""
