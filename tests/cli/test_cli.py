@@ -123,3 +123,14 @@ def test_what_files_and_guests_say_cannot_drive_a_terminal() -> None:
 
 def test_sizes() -> None:
     assert [human_size(n) for n in (0, 512, 1536, 1 << 20, 5 << 40)] == ["0 B", "512 B", "1.5 KiB", "1 MiB", "5 TiB"]
+
+
+def test_a_bug_is_reported_as_one(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    from vmgraft.cli import app
+
+    monkeypatch.setitem(app.COMMANDS, "list", ("no_such_module", "x", "y"))
+    with pytest.raises(SystemExit) as ended:
+        app.run(["list", "x", "--json"])
+    document = json.loads(capsys.readouterr().out)
+    assert (ended.value.code, document["exitCode"], document["error"]["code"]) == (1, 1, "internal")
+    assert "bug" in document["error"]["hint"]
