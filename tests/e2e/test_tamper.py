@@ -72,7 +72,7 @@ def test_content(cli, vendor: Path, image: Path, tmp_path: Path) -> None:
 
 
 def test_locator(cli, vendor: Path, image: Path, tmp_path: Path) -> None:
-    offset = cli.json("inspect", image)["graft"]["locatorOffset"]
+    offset = cli.json("inspect", image)["unverified"]["locator"]["offset"]
     pristine = image.read_bytes()
     for position in (9, 20, 40, 127):
         flip(image, offset + position)

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vmgraft.errors import MalformedImageError, UsageError
+from vmgraft.errors import MalformedImageError, PolicyError, UsageError
 from vmgraft.signing import verify
 from vmgraft.signing.contract import Limits, Status
 from vmgraft.signing.dsse import Envelope, Signature, pae, parse_envelope, serialise
@@ -470,6 +470,30 @@ def test_limits_are_the_lower_of_both(sim):
     (extension,) = sim.verify(sim.graft(manifest), policy).extensions
     assert extension.limits == Limits(memory_mib=4, call_ms=50, log_bytes=65536)
     assert extension.isolation == 2
+
+
+@pytest.mark.parametrize(
+    ("manifest", "grant", "holds"),
+    [
+        ("detach", None, "detach"), ("detach", "stop", "stop"), ("stop", "detach", "stop"),
+        ("restart(3)", "detach", "detach"), ("detach", "restart(3)", "detach"),
+        ("restart(1)", "restart(9)", "restart(1)"), ("restart(12)", "restart(9)", "restart(9)"),
+        ("restart(12)", "stop", "stop"),
+    ],
+)  # fmt: skip
+def test_the_stricter_answer_to_a_fault_holds(sim, manifest, grant, holds):
+    grants = {"capabilities": ["log", "pio:0x0-0xffff"]} | ({} if grant is None else {"onFault": grant})
+    policy = sim.policy(entry={"grants": {"com.acme.clock": grants}})
+    (extension,) = sim.verify(sim.graft(sim.manifest(onFault=manifest)), policy).extensions
+    assert extension.on_fault == holds
+
+
+@pytest.mark.parametrize(
+    "grant", [{"minIsolation": 4}, {"minIsolation": -1}, {"onFault": "ignore"}, {"onFault": "restart(0)"}]
+)
+def test_grants_that_no_host_can_honour(sim, grant):
+    with pytest.raises(PolicyError):
+        sim.policy(entry={"grants": {"com.acme.clock": {"capabilities": [], **grant}}})
 
 
 def test_overlapping_claims_of_two_extensions(sim):

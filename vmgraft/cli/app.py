@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
 import io
 import os
@@ -139,9 +140,8 @@ def _system(error: OSError, as_json: bool) -> int:
     from vmgraft.cli.output import report_error
     from vmgraft.errors import FileError
 
-    problem = FileError(
-        f"the system refused: {error.strerror or error}", file=error.filename, hint="is the disk below stdout full?"
-    )
+    hint = "is the disk below stdout full?" if error.errno == errno.ENOSPC else None
+    problem = FileError(f"the system refused: {error.strerror or error}", file=error.filename, hint=hint)
     try:
         sys.stdout.flush()
         return report_error(problem, as_json)

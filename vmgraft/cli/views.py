@@ -50,23 +50,25 @@ def show_list(listing: dict[str, Any]) -> None:
         claims = entry["capabilities"] if isinstance(entry["capabilities"], list) else [entry["capabilities"]]
         capabilities = ", ".join(_text(claim) for claim in claims if claim is not None)
         click.echo(f"{UNVERIFIED} {_text(entry['id'])} {_text(entry['version'])}  [{_text(capabilities)}]")
-    click.echo(f"state: {listing['state']}, placement: {listing['placement']}. Nothing above is verified.", err=True)
+    click.echo(
+        f"state: {listing['state']}, placement: {listing['unverified']['placement']}. Nothing above is verified.",
+        err=True,
+    )
 
 
 def show_inspection(report: dict[str, Any]) -> None:
     """Print the tree of ``inspect``: measured facts plain, claims with a question mark."""
     image, graft, claims = report["image"], report["graft"], report["unverified"]
     click.echo(click.style(printable(image["path"]), bold=True))
-    click.echo(f"├─ format {image['format']}, guest size {image['virtualSize']} ({human_size(image['virtualSize'])}), "
-               f"file size {image['fileSize']}")  # fmt: skip
-    for item in image["backingChain"]:
-        click.echo(f"├─ backing file {printable(item)}")
+    click.echo(f"├─ format {image['format']}, file size {image['fileSize']} ({human_size(image['fileSize'])})")
+    click.echo(f"├─ {UNVERIFIED} guest size {claims['virtualSize']} ({human_size(claims['virtualSize'])})")
+    for item in claims["backingChain"]:
+        click.echo(f"├─ {UNVERIFIED} backing file {printable(item)}")
     click.echo(f"├─ room for an inline record: {image['room']['inline']} bytes ({image['room']['reason']})")
     click.echo("├─ container")
     _branch(claims["container"], "│  ")
-    placed = f", {graft['placement']}, record of {graft['recordSize']} bytes" if "placement" in graft else ""
-    click.echo(f"└─ graft: {graft['state']}{placed}" + (f" ({printable(graft['detail'])})" if graft["detail"] else ""))
-    for name in ("formatProblem", "sections", "envelopes", "manifests", "hints"):
+    click.echo(f"└─ graft: {graft['state']}" + (f" ({printable(graft['detail'])})" if graft["detail"] else ""))
+    for name in ("locator", "formatProblem", "sections", "envelopes", "manifests", "hints"):
         if claims.get(name):
             click.echo(f"   ├─ {name}")
             _branch(claims[name], "   │  ")

@@ -33,7 +33,9 @@ class FlatFile:
         try:
             self.fd = os.open(path, flags)
         except OSError as problem:
-            raise FileError(f"the file cannot be opened: {problem.strerror}", file=path) from problem
+            raise FileError(
+                f"the file cannot be opened: {problem.strerror}", file=path, hint="check the name and its permissions"
+            ) from problem
         try:
             self.is_block_device = self._check_type()
             if writable:
@@ -46,12 +48,17 @@ class FlatFile:
     def _check_type(self) -> bool:
         mode = os.fstat(self.fd).st_mode
         if not stat.S_ISREG(mode) and not stat.S_ISBLK(mode):
-            raise FileError("neither a regular file nor a block device", file=self.path)
+            raise FileError(
+                "neither a regular file nor a block device", file=self.path, hint="name the image file itself"
+            )
         return stat.S_ISBLK(mode)
 
     def current_size(self) -> int:
         """Return the file's size as it is now; ``size`` keeps what it was when opened."""
-        return os.lseek(self.fd, 0, os.SEEK_END)
+        try:
+            return os.lseek(self.fd, 0, os.SEEK_END)
+        except OSError as problem:
+            raise FileError(f"the file has no size: {problem.strerror}", file=self.path) from problem
 
     def writer(self) -> Writer:
         """Return a crash-safe writer on the same descriptor.

@@ -21,8 +21,9 @@ def inspect_image(path: Path, opening: Opening = PROBE) -> dict[str, Any]:
         opening: How to open the image.
 
     Returns:
-        ``image``: what this program measured. ``graft``: state, placement and sizes as found. ``unverified``: what the
-        file says of itself: ``container``, and with a graft ``statement``, ``signatures``, ``manifests``, ``hints``.
+        ``image``: what this program measured. ``graft``: its state. ``unverified``: what the file says of itself:
+        ``virtualSize``, ``backingChain``, ``container``, and with a graft ``locator``, ``sections``, ``envelopes``,
+        ``manifests``, ``hints``.
 
     Raises:
         FileError: when the file is unreadable or of no known format.
@@ -35,12 +36,14 @@ def inspect_image(path: Path, opening: Opening = PROBE) -> dict[str, Any]:
                 "path": str(path),
                 "fileSize": _file_size(path),
                 "format": image.format_name,
-                "virtualSize": image.virtual_size,
-                "backingChain": [str(item) for item in image.backing_chain()],
                 "room": {"inline": room.inline, "reserve": room.reserve, "reason": room.reason},
             },
-            "graft": _graft_facts(located),
-            "unverified": {"container": image.metadata()},
+            "graft": {"state": located.state.value, "detail": located.detail},
+            "unverified": {
+                "virtualSize": image.virtual_size,
+                "backingChain": [str(item) for item in image.backing_chain()],
+                "container": image.metadata(),
+            },
         }
         if located.state is not GraftState.NONE:
             report["unverified"].update(_claims(Graft(image)))
@@ -69,12 +72,12 @@ def list_extensions(path: Path, opening: Opening = PROBE) -> dict[str, Any]:
     keep = ("id", "version", "securityVersion", "title", "vendor", "capabilities")
     return {
         "state": report["graft"]["state"],
-        "placement": report["graft"].get("placement"),
         "unverified": {
+            "placement": (report["unverified"]["locator"] or {}).get("placement"),
             "extensions": [
                 {name: entry["manifest"].get(name) for name in keep} if "manifest" in entry else entry
                 for entry in report["unverified"]["manifests"]
-            ]
+            ],
         },
     }
 
@@ -87,19 +90,21 @@ def state_warnings(image: Image) -> list[str]:
     return [f"{image.path.name}: graft state {located.state.value}: {located.detail or 'not intact'}"]
 
 
-def _graft_facts(located: Located) -> dict[str, Any]:
-    """Return what was measured about the graft."""
-    facts: dict[str, Any] = {"state": located.state.value, "detail": located.detail}
-    if located.locator is not None:
-        facts["placement"] = located.locator.placement.value
-        facts["locatorOffset"] = located.locator_offset
-        facts["recordSize"] = located.locator.record_size
-    return facts
+def _locator(located: Located) -> dict[str, Any] | None:
+    """Return where the locator stands and what it says, or None where there is none."""
+    if located.locator is None:
+        return None
+    return {
+        "placement": located.locator.placement.value,
+        "offset": located.locator_offset,
+        "recordSize": located.locator.record_size,
+    }
 
 
 def _claims(graft: Graft) -> dict[str, Any]:
     """Return what the record says; parts that cannot be read carry ``error`` instead."""
     return {
+        "locator": _locator(graft.located),
         "formatProblem": graft.format_problem(),
         "sections": _sections(graft),
         "envelopes": [_envelope(data) for data in graft.envelopes()],

@@ -18,7 +18,7 @@ from vmgraft.signing.contract import Check, ContentNames, Evidence, Report, Stat
 from vmgraft.signing.dsse import Envelope, parse_envelope
 from vmgraft.signing.judge import FoundExtension, Signers, find_extension, judge_signatures
 from vmgraft.signing.keys import PublicKey
-from vmgraft.signing.manifest import lower_limits
+from vmgraft.signing.manifest import lower_limits, stricter_fault
 from vmgraft.signing.policy import Grant, TrustPolicy
 from vmgraft.signing.statement import CONTENT_SUBJECT, Statement, parse_statement
 from vmgraft.signing.times import format_time
@@ -236,7 +236,7 @@ def _verified(found: FoundExtension, grant: Grant) -> VerifiedExtension:
         module_sha256=found.module_sha256,
         capabilities=tuple(str(claim) for claim in manifest.capabilities if covered(grant.capabilities, claim)),
         limits=lower_limits(manifest.limits, grant.limits),
-        on_fault=manifest.on_fault,
+        on_fault=stricter_fault(manifest.on_fault, grant.on_fault),
         isolation=grant.min_isolation,
     )
 

@@ -61,6 +61,16 @@ def lower_limits(wish: Limits, grant: Limits) -> Limits:
     return Limits(**{f.name: min(getattr(wish, f.name), getattr(grant, f.name)) for f in fields(Limits)})
 
 
+def stricter_fault(one: str, other: str | None) -> str:
+    """Return the stricter of two answers to a fault: ``stop``, then ``detach``, then fewer restarts before more."""
+
+    def mildness(action: str) -> int:
+        order = {"stop": 0, "detach": 1}
+        return order[action] if action in order else 1 + int(action.removeprefix("restart(").removesuffix(")"))
+
+    return one if other is None else min(one, other, key=mildness)
+
+
 def manifest_from(
     document: Any, *, file: str | PathLike[str] | None = None, error: type[VmgraftError] = GraftFormatError
 ) -> Manifest:

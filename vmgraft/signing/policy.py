@@ -81,6 +81,8 @@ class Grant:
     capabilities: tuple[Capability, ...] = ()
     limits: Limits = field(default_factory=Limits)
     min_isolation: int = 0
+    #: The mildest answer to a fault that is accepted; None leaves it to the manifest.
+    on_fault: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -302,7 +304,8 @@ class _Reader:
             parse_capability(text, file=self.file, field=where_capabilities, error=PolicyError)
             for text in entry.get("capabilities", ())
         )
-        return Grant(capabilities, limits_from(entry.get("limits", {})), entry.get("minIsolation", 0))
+        limits = limits_from(entry.get("limits", {}))
+        return Grant(capabilities, limits, entry.get("minIsolation", 0), entry.get("onFault"))
 
     def revocations(self, entry: dict[str, Any], keys: tuple[NamedKey, ...]) -> Revocations:
         known = _resolver(keys)
