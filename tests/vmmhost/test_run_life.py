@@ -297,7 +297,8 @@ def test_a_worker_holds_no_kvm_and_no_disk(studio, monkeypatch, cpu: str) -> Non
     real = launch.Machine.run
 
     def look(machine: launch.Machine) -> Any:
-        pid = next(record["pid"] for record in studio.log() if record["event"] == "extension-start")
+        records = map(json.loads, studio.audit_log.read_text().splitlines())
+        pid = next(record["pid"] for record in records if record["event"] == "extension-start")
         try:
             descriptors = [str(entry.readlink()) for entry in Path(f"/proc/{pid}/fd").iterdir()]
             maps = Path(f"/proc/{pid}/maps").read_text()

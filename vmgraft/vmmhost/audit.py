@@ -15,6 +15,8 @@ from vmgraft.errors import FileError
 GENESIS: Final = "0" * 64
 #: Longest line a log may hold; longer ones are not ours.
 MAX_LINE: Final = 1 << 20
+#: Events that end a log; one of them is written however a run goes, unless the host itself is killed.
+LAST_EVENTS: Final = ("end", "error")
 
 
 def _line_hash(record: dict[str, Any]) -> str:
@@ -73,12 +75,12 @@ class AuditLog:
         }
         record["hash"] = _line_hash(record)
         if self._fd is not None:
-            self._append(self._fd, json.dumps(record, ensure_ascii=False) + "\n")
+            self._append(self._fd, _encode(record))
         self.head = record["hash"]
         self.count += 1
 
-    def _append(self, fd: int, text: str) -> None:
-        line = memoryview(text.encode("utf-8", "surrogatepass"))
+    def _append(self, fd: int, data: bytes) -> None:
+        line = memoryview(data)
         try:
             while line:
                 line = line[os.write(fd, line) :]
@@ -109,43 +111,65 @@ class AuditLog:
 
 
 def check_chain(path: Path, expected_head: str | None = None) -> tuple[int, str]:
-    """Check the hash chain of a log file.
+    """Check the hash chain of a log file, and that the log is of a run that has ended.
 
     Args:
         path: The log.
-        expected_head: Hash of the last line as reported by the run, to find a log cut at its end.
+        expected_head: Hash of the last line as reported by the run, to find a log cut at its end or written anew.
 
     Returns:
         Number of records and the hash of the last one.
 
     Raises:
-        FileError: with the line at fault, when the chain does not hold.
+        FileError: with the line at fault, when the chain does not hold, or the log is empty or incomplete.
     """
-    previous, count = GENESIS, 0
+    previous, count, event = GENESIS, 0, None
     try:
         with path.open("rb") as log:
             while line := log.readline(MAX_LINE + 1):
-                previous = _check_line(path, line, count, previous)
+                previous, event = _check_line(path, line, count, previous)
                 count += 1
     except OSError as error:
         raise FileError(f"cannot read the audit log: {error.strerror}", file=path) from error
+    if not count:
+        raise FileError("the audit log is empty", file=path, hint="every run logs at least that it started")
     if expected_head is not None and expected_head != previous:
         raise FileError("the log does not end with the expected hash: lines are missing", file=path, field="hash")
+    if event not in LAST_EVENTS:
+        raise FileError(
+            "the audit log is incomplete: the run has not ended or its last lines are missing",
+            file=path,
+            field=f"line {count}",
+            hint=None if expected_head else "compare with the hash that the run reported: check-log --head",
+        )
     return count, previous
 
 
-def _check_line(path: Path, line: bytes, number: int, previous: str) -> str:
-    """Check one line against the chain and return its hash."""
+def _check_line(path: Path, line: bytes, number: int, previous: str) -> tuple[str, object]:
+    """Check one line against the chain and return its hash and event."""
     field = f"line {number + 1}"
-    try:
-        record = json.loads(line) if len(line) <= MAX_LINE else None
-    except (ValueError, RecursionError):
-        record = None
-    if not isinstance(record, dict):
+    record, written = _parse(line)
+    if record is None:
         raise FileError("not a record of an audit log", file=path, field=field)
     claimed = record.pop("hash", None)
     if record.get("prev") != previous or record.get("seq") != number:
         raise FileError("the chain is broken: a line was removed, added or moved", file=path, field=field)
-    if claimed != _line_hash(record):
+    # The bytes too: of two members of one name a JSON reader keeps the last, and the hash would not see the first.
+    if claimed != _line_hash(record) or line != written:
         raise FileError("the line was changed", file=path, field=field)
-    return str(claimed)
+    return claimed, record.get("event")
+
+
+def _parse(line: bytes) -> tuple[dict[str, Any] | None, bytes]:
+    """Return the record in a line, or None, and the bytes that :meth:`AuditLog.write` writes for it."""
+    if len(line) > MAX_LINE:
+        return None, b""
+    try:
+        record = json.loads(line)
+        return (record, _encode(record)) if isinstance(record, dict) else (None, b"")
+    except (ValueError, RecursionError):
+        return None, b""
+
+
+def _encode(record: dict[str, Any]) -> bytes:
+    return (json.dumps(record, ensure_ascii=False) + "\n").encode("utf-8", "surrogatepass")
