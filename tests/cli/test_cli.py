@@ -134,3 +134,10 @@ def test_a_bug_is_reported_as_one(monkeypatch: pytest.MonkeyPatch, capsys: pytes
     document = json.loads(capsys.readouterr().out)
     assert (ended.value.code, document["exitCode"], document["error"]["code"]) == (1, 1, "internal")
     assert "bug" in document["error"]["hint"]
+
+
+def test_image_formats_offered_are_those_registered() -> None:
+    from vmgraft.imagefmt.registry import format_names
+
+    offered = CliRunner().invoke(cli, ["verify", "x", "--policy", "y", "--image-format", "nothing"]).output
+    assert all(f"'{name}'" in offered for name in format_names())

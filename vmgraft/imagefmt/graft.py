@@ -65,9 +65,9 @@ class Graft:
         tree: The content tree, once ``content`` has been called.
     """
 
-    def __init__(self, image: Image, *, progress: Progress | None = None) -> None:
+    def __init__(self, image: Image, *, located: Located | None = None, progress: Progress | None = None) -> None:
         self.image = image
-        self.located = image.locate()
+        self.located = image.locate() if located is None else located
         self.record: Record | None = None
         self.tree: ContentTree | None = None
         self._progress = progress
@@ -208,7 +208,7 @@ def open_graft(image: Image, *, progress: Progress | None = None) -> Graft:
             file=image.path,
             hint="another program dropped it, or attach or detach was interrupted: attach again, or detach to clean up",
         )
-    return Graft(image, progress=progress)
+    return Graft(image, located=located, progress=progress)
 
 
 def attach_sections(

@@ -46,7 +46,7 @@ def inspect_image(path: Path, opening: Opening = PROBE) -> dict[str, Any]:
             },
         }
         if located.state is not GraftState.NONE:
-            report["unverified"].update(_claims(Graft(image)))
+            report["unverified"].update(_claims(Graft(image, located=located)))
     return report
 
 
