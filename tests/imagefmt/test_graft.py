@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from imagefmt_helpers import TREE, attach, content_of, digest, flip, problem_of, sample_sections, state_of
 
 from vmgraft.errors import FileError, GraftFormatError, NoGraftError, PayloadMismatchError, UsageError, VmgraftError
+from vmgraft.imagefmt.blob import BytesBlob
 from vmgraft.imagefmt.contract import GraftState, Placement
 from vmgraft.imagefmt.graft import attach_sections, detach_image, open_graft, open_image
 from vmgraft.imagefmt.record import Section, SectionKind, parse_record
@@ -94,7 +95,7 @@ def test_what_is_wrong_is_refused_before_anything_is_written(image):
 
 def test_a_read_only_image_cannot_be_changed(image):
     with open_image(image) as opened, pytest.raises(VmgraftError):
-        opened.attach(lambda _undo: b"x" * 100, Placement.INLINE, TREE)
+        opened.attach(lambda _undo: BytesBlob(b"x" * 100), Placement.INLINE, TREE)
     assert state_of(image) is GraftState.NONE
 
 

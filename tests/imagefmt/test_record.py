@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 from imagefmt_helpers import sample_sections
 
 from vmgraft.errors import GraftFormatError
+from vmgraft.imagefmt.assemble import build_record
 from vmgraft.imagefmt.contract import Patch, Undo
-from vmgraft.imagefmt.record import Section, SectionKind, build_record, parse_record, parse_record_head
+from vmgraft.imagefmt.record import Section, SectionKind, parse_record, parse_record_head
 from vmgraft.imagefmt.undo import pack_undo, parse_undo
 
 HEADER = struct.Struct("<8sHHIQII32s")

@@ -18,6 +18,7 @@ from os import PathLike
 from pathlib import Path
 
 from vmgraft.errors import FileError, UsageError
+from vmgraft.imagefmt.blob import Blob
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +71,7 @@ class Writer:
         self.fd = fd
         self.file = Path(file)
 
-    def write(self, offset: int, data: bytes) -> None:
+    def write(self, offset: int, data: bytes | memoryview) -> None:
         """Write all of ``data`` at ``offset``.
 
         Raises:
@@ -84,7 +85,18 @@ class Writer:
                 view, position = view[count:], position + count
         except OSError as problem:
             raise _failed("written", self.file, problem, position) from problem
-        _done(Operation("write", self.file, offset, bytes(data)))
+        if _observer.get() is not None:  # the copy of the data is for the observer only
+            _done(Operation("write", self.file, offset, bytes(data)))
+
+    def write_blob(self, offset: int, blob: Blob) -> None:
+        """Write a blob at ``offset``, 1 MiB at a time.
+
+        Raises:
+            FileError: when not all of it could be written, or the blob cannot be read.
+        """
+        for data in blob.chunks():
+            self.write(offset, data)
+            offset += len(data)
 
     def sync(self) -> None:
         """Wait until everything written so far is on the disk.

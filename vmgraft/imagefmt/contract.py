@@ -8,7 +8,12 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
 from types import TracebackType
-from typing import Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
+
+from vmgraft.errors import UnsupportedError
+
+if TYPE_CHECKING:
+    from vmgraft.imagefmt.blob import Blob
 
 
 class Kind(StrEnum):
@@ -45,6 +50,8 @@ class GraftState(StrEnum):
     CUT = "record-cut"
     OVERWRITTEN = "record-overwritten"  #: the record differs from its digest, and nothing else is wrong
     ORPHANED = "orphaned"  #: a foreign writer dropped the locator, the record's bytes are still there
+    SWAPPED = "sidecar-of-another-image"  #: a sound sidecar, made for other content
+    STALE = "sidecar-stale"  #: a sound sidecar of this content, but of an earlier or later graft
     GROWN = "file-grown"  #: intact, but the file grew behind the record since attach
     DAMAGED = "damaged"
 
@@ -110,11 +117,11 @@ class Located:
     detail: str = ""
     locator: Locator | None = None
     locator_offset: int | None = None
-    record: bytes | None = None
+    record: Blob | None = None
 
 
 #: Given the undo facts, builds the final record; called once per attach, after all reads and before any write.
-RecordBuilder = Callable[[Undo], bytes]
+RecordBuilder = Callable[[Undo], "Blob"]
 
 #: Progress callback: (bytes done, bytes in all).
 Progress = Callable[[int, int], None]
@@ -192,6 +199,22 @@ class Image(ABC):
         """Return an undo rebuilt from what survives outside the record's UNDO section, or None where nothing does."""
         return None
 
+    def reattach(self, located: Located) -> None:
+        """Point to a complete record again whose locator, or one of whose locators, was lost; crash-safe.
+
+        Args:
+            located: What :meth:`locate` returned.
+
+        Raises:
+            UnsupportedError: when this container, or this damage, offers no way.
+            GraftFormatError: when the record is not whole.
+        """
+        raise UnsupportedError(
+            f"a graft in state {located.state.value!r} cannot be brought back in a {self.format_name} image",
+            file=self.path,
+            hint="attach again",
+        )
+
     @abstractmethod
     def close(self) -> None:
         """Release the descriptors; further use is an error."""
@@ -211,10 +234,14 @@ class Opening:
         root: Folder that backing files must lie in; None means the image's own folder.
         format: Name of the format; None asks the file. Naming it matters for raw disks: a guest can write the first
             bytes of any other container into its own.
+        snapshot: Name or identifier of an internal snapshot whose content is wanted instead of the current one.
+        ciphertext: Take the content of an encrypted image as it is stored, undecrypted.
     """
 
     root: Path | None = None
     format: str | None = None
+    snapshot: str | None = None
+    ciphertext: bool = False
 
 
 #: Ask the file for its format, and keep backing files in its folder.
@@ -228,10 +255,14 @@ class OpenOptions:
     Attributes:
         writable: Take QEMU-compatible locks and open read-write.
         root: Folder that backing files must lie in; ``None`` means the image's own folder.
+        snapshot: See :class:`Opening`; only formats that say so in their row are asked for one.
+        ciphertext: See :class:`Opening`; likewise.
     """
 
     writable: bool = False
     root: Path | None = None
+    snapshot: str | None = None
+    ciphertext: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -242,6 +273,9 @@ class Format:
     #: (first 64 KiB of the file, file size) -> is it ours?
     probe: Callable[[bytes, int], bool]
     open: Callable[[Path, OpenOptions], Image]
+    #: Whether it can show internal snapshots, and stored ciphertext.
+    snapshots: bool = False
+    ciphertext: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from vmgraft.errors import FileError
 from vmgraft.imagefmt import locks
+from vmgraft.imagefmt.blob import Blob, file_blob
 from vmgraft.imagefmt.commit import Writer
 from vmgraft.imagefmt.contract import Extent, Kind
 
@@ -107,6 +108,14 @@ class FlatFile:
         rest = bytearray(length - len(data))
         count = self.readinto(offset + len(data), memoryview(rest))
         return data + rest[:count]
+
+    def blob(self, offset: int, length: int) -> Blob:
+        """Return up to ``length`` bytes as a blob, fewer at the end of the file; nothing large is held in memory.
+
+        Raises:
+            FileError: when the system cannot read it.
+        """
+        return file_blob(self.fd, offset, min(length, self.size - offset), file=self.path)
 
     def extents(self, end: int) -> Iterator[Extent]:
         """Yield data and hole runs of the first ``end`` bytes, without gaps."""

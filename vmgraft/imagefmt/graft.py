@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from hashlib import sha256
 from pathlib import Path
 
 from vmgraft.errors import FileError, GraftFormatError, NoGraftError, PayloadMismatchError, UsageError
+from vmgraft.imagefmt.assemble import assemble_record
+from vmgraft.imagefmt.blob import Blob
 from vmgraft.imagefmt.contract import (
     PROBE,
     ContentDigest,
@@ -20,8 +21,8 @@ from vmgraft.imagefmt.contract import (
     Undo,
 )
 from vmgraft.imagefmt.locator import LOCATOR_SIZE
-from vmgraft.imagefmt.record import Record, Section, SectionKind, StoredSection, build_record, parse_record
-from vmgraft.imagefmt.registry import detect, get_format
+from vmgraft.imagefmt.record import Record, Section, SectionKind, StoredSection, parse_record
+from vmgraft.imagefmt.registry import choose
 from vmgraft.imagefmt.sidecar import RECORD_OFFSET, sidecar_path
 from vmgraft.imagefmt.tree import ContentTree, digest_with_tree
 from vmgraft.imagefmt.undo import pack_undo
@@ -47,9 +48,11 @@ def open_image(path: str | Path, opening: Opening = PROBE, *, writable: bool = F
         FileError: when it cannot be opened, is malformed, unsupported or in use.
     """
     real = _resolve(Path(path))
-    options = OpenOptions(writable=writable, root=None if opening.root is None else _resolve(opening.root))
-    row = detect(real) if opening.format is None else get_format(opening.format)
-    return row.open(real, options)
+    if writable and (opening.snapshot is not None or opening.ciphertext):
+        raise UsageError("snapshots and ciphertext are for reading only", file=real)
+    root = None if opening.root is None else _resolve(opening.root)
+    options = OpenOptions(writable=writable, root=root, snapshot=opening.snapshot, ciphertext=opening.ciphertext)
+    return choose(real, opening).open(real, options)
 
 
 class Graft:
@@ -125,7 +128,7 @@ class Graft:
     def _is_ours(self) -> bool:
         """Return whether the record has the size that the locator states, and the UNDO that attach always adds."""
         record, locator = self.record, self.located.locator
-        if record is None or locator is None or len(record.data) != locator.record_size:
+        if record is None or locator is None or record.data.size != locator.record_size:
             return False
         return bool(record.of_kind(SectionKind.UNDO))
 
@@ -239,11 +242,12 @@ def attach_sections(
     """
     if any(section.kind is SectionKind.UNDO for section in sections):
         raise UsageError("the UNDO section is made by attach itself")
-    written: list[bytes] = []
+    written: list[Blob] = []
 
-    def build(undo: Undo) -> bytes:
+    def build(undo: Undo) -> Blob:
         undo_section = Section(SectionKind.UNDO, pack_undo(undo), compress=True)
-        written.append(build_record([undo_section, *sections]))
+        folder = _resolve(Path(image_path)).parent
+        written.append(assemble_record([undo_section, *sections], folder))
         return written[-1]
 
     with open_image(image_path, opening, writable=True) as image:
@@ -265,18 +269,17 @@ def _make_free(image: Image) -> None:
         )
 
 
-def _check_written(image: Image, record: bytes) -> Located:
-    located = image.locate()
-    if located.state is not GraftState.OK or located.record != record:
+def _check_written(image: Image, record: Blob) -> Located:
+    located, found = image.locate(), image.locate().record
+    if located.state is not GraftState.OK or found is None or found.sha256 != record.sha256:
         raise FileError(
             f"what was written reads back differently ({located.state.value}: {located.detail})",
             file=image.path,
             hint="check the disk; detach, then try again",
         )
-    parsed = parse_record(record, file=image.path, offset=0)
+    parsed = parse_record(found, file=image.path, offset=0)
     for section in parsed.sections:
-        if sha256(parsed.raw(section)).digest() != section.raw_sha256:
-            raise FileError("a section reads back differently", file=image.path, field=section.name)
+        parsed.raw(section)  # compares the digests
     return located
 
 

@@ -12,7 +12,7 @@ import fcntl
 import os
 import struct
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from os import PathLike
 
 from vmgraft.errors import FileError, ImageInUseError
@@ -21,6 +21,8 @@ from vmgraft.errors import FileError, ImageInUseError
 LOCK_BYTES = (101, 103, 201, 203)
 #: Those of them that say "I write" and "I resize".
 WRITER_BYTES = (101, 103)
+#: Those that say "nobody else may".
+_NO_WRITER_BYTES = (201, 203)
 
 # Linux <asm-generic/fcntl.h>; Python 3.11 does not name them.
 _F_OFD_GETLK = 36
@@ -74,6 +76,27 @@ def refuse_writer(fd: int, *, file: str | PathLike[str]) -> None:
         raise ImageInUseError(
             "another process writes to the image", file=file, hint="shut down the guest or tool, then try again"
         )
+
+
+@contextmanager
+def writers_kept_out(fd: int, *, file: str | PathLike[str]) -> Iterator[None]:
+    """Read an image without anybody writing to it: refuse it when somebody does, and keep QEMU from starting to.
+
+    Other readers do not matter. ``fd`` need not be writable.
+
+    Raises:
+        ImageInUseError: when a QEMU program has it open for writing.
+    """
+    with suppress(OSError):  # a file system without such locks has no writer that could be seen, or kept out
+        for byte in _NO_WRITER_BYTES:
+            _set(fd, byte, fcntl.F_RDLCK)
+    try:
+        refuse_writer(fd, file=file)
+        yield
+    finally:
+        with suppress(OSError):
+            for byte in _NO_WRITER_BYTES:
+                _set(fd, byte, fcntl.F_UNLCK)
 
 
 def release(fd: int) -> None:

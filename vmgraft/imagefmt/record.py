@@ -17,10 +17,11 @@ from typing import Any
 
 from vmgraft.errors import GraftFormatError
 from vmgraft.imagefmt import _layout as layout
+from vmgraft.imagefmt.blob import Blob, blob_of
 from vmgraft.imagefmt.contract import Undo
 from vmgraft.imagefmt.parse import parse_struct
 from vmgraft.imagefmt.undo import parse_undo
-from vmgraft.imagefmt.zstd import compress, decompress
+from vmgraft.imagefmt.zstd import decompress
 
 
 class SectionKind(IntEnum):
@@ -37,6 +38,8 @@ class SectionKind(IntEnum):
 
 #: Kinds of which a record holds at most one.
 _SINGLE = (SectionKind.UNDO, SectionKind.TREE, SectionKind.HINTS)
+#: Longest header and table.
+_HEAD_MAX = layout.RECORD_HEADER_MAX + layout.MAX_SECTIONS * layout.SECTION_ENTRY_SIZE
 _KNOWN_FLAGS = layout.SECTION_CRITICAL | layout.SECTION_COMPRESSED
 
 
@@ -46,13 +49,13 @@ class Section:
 
     Attributes:
         kind: What it holds.
-        raw: Its bytes, at most 64 MiB.
+        raw: Its bytes, at most 64 MiB; a blob is read when the record is built.
         compress: Store it with zstd where that makes it smaller.
         critical: A reader that does not know the kind must refuse the record.
     """
 
     kind: SectionKind
-    raw: bytes
+    raw: bytes | Blob
     compress: bool = False
     critical: bool = True
 
@@ -80,9 +83,9 @@ class StoredSection:
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """A record whose header and table are sound; sections are checked when they are asked for."""
+    """A record whose header and table are sound; sections are read and checked when they are asked for."""
 
-    data: bytes
+    data: Blob
     file: str | None
     offset: int
     version: tuple[int, int]
@@ -94,7 +97,7 @@ class Record:
 
     def stored(self, section: StoredSection) -> bytes:
         """Return a section's bytes as stored, unchecked."""
-        return self.data[section.offset : section.offset + section.stored_size]
+        return self.data.read(section.offset, section.stored_size)
 
     def raw(self, section: StoredSection) -> bytes:
         """Return a section's raw bytes.
@@ -134,31 +137,7 @@ class Record:
         )
 
 
-def build_record(sections: Sequence[Section]) -> bytes:
-    """Lay out a record. Equal sections give equal bytes; manifests, modules and files are stored once per digest.
-
-    The UNDO section is put first: if the record's end is ever lost, the way back is what survives.
-
-    Raises:
-        GraftFormatError: when the sections are over a limit of the format.
-    """
-    ordered = sorted(_unique(sections), key=lambda section: section.kind is not SectionKind.UNDO)
-    _check_counts([section.kind for section in ordered], file=None, offset=None)
-    _check_total(sum(len(section.raw) for section in ordered), file=None, offset=None)
-    bodies = [_store(section) for section in ordered]
-    position = layout.RECORD_HEADER_SIZE + layout.SECTION_ENTRY_SIZE * len(ordered)
-    table = b""
-    for section, (stored, flags) in zip(ordered, bodies, strict=True):
-        table += _entry(section, stored, flags, position)
-        position += len(stored)
-    if position > layout.MAX_RECORD_SIZE:
-        raise GraftFormatError(f"the record would be {position} bytes long, at most {layout.MAX_RECORD_SIZE} allowed")
-    header = _header(position, len(ordered), bytes(32))
-    header = _header(position, len(ordered), sha256(header + table).digest())
-    return b"".join([header, table, *(stored for stored, _ in bodies)])
-
-
-def parse_record(data: bytes, *, file: str | PathLike[str] | None, offset: int) -> Record:
+def parse_record(data: Blob | bytes, *, file: str | PathLike[str] | None, offset: int) -> Record:
     """Parse the structure of a record; the sections' own digests are checked by :meth:`Record.raw`.
 
     Args:
@@ -169,22 +148,24 @@ def parse_record(data: bytes, *, file: str | PathLike[str] | None, offset: int) 
     Raises:
         GraftFormatError: when header or table are malformed, damaged, over a limit, or critical and unknown.
     """
-    return _parse(data, len(data), file, offset)
+    blob = blob_of(data)
+    return _parse(blob, blob.size, file, offset)
 
 
-def parse_record_head(data: bytes, *, file: str | PathLike[str] | None, offset: int) -> Record:
+def parse_record_head(data: Blob | bytes, *, file: str | PathLike[str] | None, offset: int) -> Record:
     """Parse a record of which only the first part is at hand: header and table must be there, sections may not.
 
     Raises:
         GraftFormatError: as :func:`parse_record`.
     """
-    return _parse(data, None, file, offset)
+    return _parse(blob_of(data), None, file, offset)
 
 
-def _parse(data: bytes, size: int | None, file: str | PathLike[str] | None, offset: int) -> Record:
+def _parse(blob: Blob, size: int | None, file: str | PathLike[str] | None, offset: int) -> Record:
     def refuse(message: str, field: str) -> GraftFormatError:
         return GraftFormatError(message, file=file, offset=offset, field=f"record.{field}")
 
+    data = blob.read(0, _HEAD_MAX)
     header = parse_struct(layout.RECORD_HEADER, data, file=file, offset=offset, what="record", error=GraftFormatError)
     if header.major != layout.VERSION_MAJOR:
         raise refuse(f"format version {header.major}.{header.minor} is not readable by this release", "major")
@@ -199,14 +180,14 @@ def _parse(data: bytes, size: int | None, file: str | PathLike[str] | None, offs
     if not 1 <= header.section_count <= layout.MAX_SECTIONS:
         raise refuse(f"{header.section_count} sections, 1 to {layout.MAX_SECTIONS} allowed", "section_count")
     table_end = header.header_size + layout.SECTION_ENTRY_SIZE * header.section_count
-    if table_end > min(header.record_size, len(data)):
+    if table_end > min(header.record_size, blob.size, len(data)):
         raise refuse("the section table does not fit into the record", "section_count")
     digest_end = layout.RECORD_DIGEST_OFFSET + 32
     covered = data[: layout.RECORD_DIGEST_OFFSET] + bytes(32) + data[digest_end:table_end]
     if sha256(covered).digest() != header.sha256:
         raise refuse("header and section table do not match their digest", "sha256")
     sections = _parse_table(data[header.header_size : table_end], header, file, offset)
-    return Record(data, None if file is None else fspath(file), offset, (header.major, header.minor), sections)
+    return Record(blob, None if file is None else fspath(file), offset, (header.major, header.minor), sections)
 
 
 def _parse_table(table: bytes, header: Any, file: str | PathLike[str] | None, offset: int) -> tuple[StoredSection, ...]:
@@ -236,9 +217,9 @@ def _parse_table(table: bytes, header: Any, file: str | PathLike[str] | None, of
             offset=offset,
             field="record.record_size",
         )
-    _check_counts([section.kind for section in sections], file=file, offset=offset)
+    check_counts([section.kind for section in sections], file=file, offset=offset)
     known = [section.raw_size for section in sections if section.kind in list(SectionKind)]
-    _check_total(sum(known), file=file, offset=offset)
+    check_total(sum(known), file=file, offset=offset)
     return tuple(sections)
 
 
@@ -281,7 +262,12 @@ def _stored_section(index: int, entry: Any) -> StoredSection:
     )
 
 
-def _check_counts(kinds: Sequence[int], *, file: str | PathLike[str] | None, offset: int | None) -> None:
+def check_counts(kinds: Sequence[int], *, file: str | PathLike[str] | None, offset: int | None) -> None:
+    """Refuse too many sections, or two of a kind of which there may be one.
+
+    Raises:
+        GraftFormatError: a count is over its limit.
+    """
     counts = Counter(kinds)
 
     def refuse(message: str) -> GraftFormatError:
@@ -296,70 +282,8 @@ def _check_counts(kinds: Sequence[int], *, file: str | PathLike[str] | None, off
             raise refuse(f"{counts[kind]} {kind.name} sections, at most 1 allowed")
 
 
-def _check_total(size: int, *, file: str | PathLike[str] | None, offset: int | None) -> None:
+def check_total(size: int, *, file: str | PathLike[str] | None, offset: int | None) -> None:
     """Refuse a record that would keep a reader busy decompressing many sections, each of them within its limit."""
     if size > layout.MAX_TOTAL_RAW:
         message = f"all sections together have {size} raw bytes, at most {layout.MAX_TOTAL_RAW} allowed"
         raise GraftFormatError(message, file=file, offset=offset, field="section.raw_size")
-
-
-def _unique(sections: Sequence[Section]) -> list[Section]:
-    """Drop repeated payloads, keeping the first of each."""
-    shared = (SectionKind.MANIFEST, SectionKind.MODULE, SectionKind.FILES)
-    seen: set[tuple[int, bytes]] = set()
-    kept = []
-    for section in sections:
-        name = (section.kind, section.raw)
-        if section.kind in shared and name in seen:
-            continue
-        seen.add(name)
-        kept.append(section)
-    return kept
-
-
-def _store(section: Section) -> tuple[bytes, int]:
-    """Return a section's stored bytes and flags."""
-    if len(section.raw) > layout.MAX_RAW_SIZE:
-        raise GraftFormatError(
-            f"{section.kind.name} section of {len(section.raw)} bytes, at most {layout.MAX_RAW_SIZE} allowed",
-            field="section.raw_size",
-        )
-    flags = layout.SECTION_CRITICAL if section.critical else 0
-    if section.compress:
-        packed = compress(section.raw)
-        # A reader refuses higher ratios, so such a section is stored as it is.
-        if len(packed) < len(section.raw) <= len(packed) * layout.MAX_RATIO:
-            return packed, flags | layout.SECTION_COMPRESSED
-    return section.raw, flags
-
-
-def _entry(section: Section, stored: bytes, flags: int, position: int) -> bytes:
-    return bytes(
-        layout.SECTION_ENTRY.build(
-            {
-                "kind": section.kind.value,
-                "flags": flags,
-                "offset": position,
-                "stored_size": len(stored),
-                "raw_size": len(section.raw),
-                "stored_sha256": sha256(stored).digest(),
-                "raw_sha256": sha256(section.raw).digest(),
-            }
-        )
-    )
-
-
-def _header(record_size: int, section_count: int, digest: bytes) -> bytes:
-    return bytes(
-        layout.RECORD_HEADER.build(
-            {
-                "major": layout.VERSION_MAJOR,
-                "minor": layout.VERSION_MINOR,
-                "header_size": layout.RECORD_HEADER_SIZE,
-                "record_size": record_size,
-                "flags": 0,
-                "section_count": section_count,
-                "sha256": digest,
-            }
-        )
-    )

@@ -5,8 +5,8 @@ from __future__ import annotations
 from importlib import import_module
 from pathlib import Path
 
-from vmgraft.errors import UnsupportedError
-from vmgraft.imagefmt.contract import Format
+from vmgraft.errors import UnsupportedError, UsageError
+from vmgraft.imagefmt.contract import Format, Opening
 from vmgraft.imagefmt.flatfile import FlatFile
 
 #: Name → module with a ``FORMAT``. Raw stands last: it takes anything.
@@ -18,6 +18,9 @@ _MODULES = {
 #: Bytes of the beginning of a file that a probe is shown.
 PROBE_SIZE = 65536
 _SECTOR = 512
+_LUKS = b"LUKS\xba\xbe"
+_HINT = "convert the image to qcow2 or raw with qemu-img convert"
+_LUKS_HINT = "decrypt it with qemu-img convert, or take its ciphertext (`vmgraft digest --ciphertext`)"
 
 #: Containers that are recognised and refused: name, offset, magic. A negative offset counts from the end.
 _REFUSED = (
@@ -28,9 +31,14 @@ _REFUSED = (
     ("VDI", 64, b"\x7f\x10\xda\xbe"),  # VirtualBox VDICore.h, image signature
     ("VHD", 0, b"conectix"),  # Virtual Hard Disk Image Format, "Hard Disk Footer Format"
     ("VHD", -_SECTOR, b"conectix"),
-    ("LUKS", 0, b"LUKS\xba\xbe"),  # LUKS1 and LUKS2 on-disk format, header magic
+    ("LUKS", 0, _LUKS),  # LUKS1 and LUKS2 on-disk format, header magic
     ("QED", 0, b"QED\0"),  # QEMU docs/interop/qed_spec
-    ("qcow version 1", 0, b"QFI\xfb\0\0\0\1"),
+    ("qcow version 1", 0, b"QFI\xfb\0\0\0\1"),  # QEMU block/qcow.c, QCOW_MAGIC and QCOW_VERSION
+    ("Parallels", 0, b"WithoutFreeSpace"),  # QEMU docs/interop/parallels, "Header": magic of the old form
+    ("Parallels", 0, b"WithouFreSpacExt"),  # the same, of the extended form
+    ("Bochs", 0, b"Bochs Virtual HD Image\0"),  # Bochs iodev/hdimage/hdimage.h, STANDARD_HEADER_MAGIC
+    ("cloop", 0, b"#!/bin/sh\n#V2.0 Format\n"),  # cloop's compressed_loop.h, CLOOP_PREAMBLE; QEMU block/cloop.c
+    ("DMG", -_SECTOR, b"koly"),  # Apple UDIF resource file trailer; QEMU block/dmg.c
 )
 
 
@@ -72,6 +80,38 @@ def detect(path: Path) -> Format:
     raise UnsupportedError("the file is empty", file=path)
 
 
+def choose(path: Path, opening: Opening) -> Format:
+    """Return the format in which a user's wish to open ``path`` is to be met.
+
+    Raises:
+        UnsupportedError: for containers that are known and not supported.
+        UsageError: when the format has no snapshots, or the file no ciphertext, and the user wants them.
+        FileError: when the file cannot be read.
+    """
+    if opening.ciphertext and _is_luks_file(path, opening.format):
+        row = get_format("raw")
+    else:
+        row = detect(path) if opening.format is None else get_format(opening.format)
+        if opening.ciphertext and not row.ciphertext:
+            raise UsageError(
+                f"this {row.name} image is not encrypted", file=path, hint="take its content without --ciphertext"
+            )
+    if opening.snapshot is not None and not row.snapshots:
+        raise UsageError(f"{row.name} images have no internal snapshots", file=path)
+    return row
+
+
+def _is_luks_file(path: Path, named: str | None) -> bool:
+    """Return whether the whole file is a LUKS container (LUKS1 and LUKS2 on-disk formats, header magic)."""
+    if named not in (None, "raw"):
+        return False
+    file = FlatFile(path)
+    try:
+        return file.read(0, len(_LUKS)) == _LUKS
+    finally:
+        file.close()
+
+
 def _refuse(file: FlatFile, head: bytes) -> None:
     tail = file.read(file.size - _SECTOR, _SECTOR) if file.size >= _SECTOR else b""
     for name, offset, magic in _REFUSED:
@@ -81,5 +121,5 @@ def _refuse(file: FlatFile, head: bytes) -> None:
                 file=file.path,
                 offset=offset if offset >= 0 else file.size + offset,
                 field="magic",
-                hint="convert the image to qcow2 or raw with qemu-img convert",
+                hint=_LUKS_HINT if magic == _LUKS else _HINT,
             )

@@ -10,13 +10,13 @@ import errno
 import os
 import stat
 from dataclasses import dataclass
-from hashlib import sha256
 from os.path import lexists
 from pathlib import Path
 
 from vmgraft.errors import FileError, GraftFormatError
 from vmgraft.imagefmt import _layout as layout
-from vmgraft.imagefmt.commit import atomic_output, remove_file, write_all
+from vmgraft.imagefmt.blob import Blob, file_blob
+from vmgraft.imagefmt.commit import Writer, atomic_output, remove_file
 from vmgraft.imagefmt.contract import GraftState, Located, Locator
 from vmgraft.imagefmt.locator import LOCATOR_SIZE, MAGIC, pack_locator, parse_locator
 
@@ -35,7 +35,7 @@ class Sidecar:
     state: GraftState
     detail: str
     locator: Locator | None = None
-    record: bytes | None = None
+    record: Blob | None = None
 
 
 def sidecar_path(image: Path) -> Path:
@@ -43,7 +43,7 @@ def sidecar_path(image: Path) -> Path:
     return image.with_name(image.name + SUFFIX)
 
 
-def write_sidecar(image: Path, locator: Locator, record: bytes) -> Path:
+def write_sidecar(image: Path, locator: Locator, record: Blob) -> Path:
     """Write an image's sidecar, whole or not at all, and flush it to the disk. An older sidecar is replaced.
 
     Raises:
@@ -55,7 +55,9 @@ def write_sidecar(image: Path, locator: Locator, record: bytes) -> Path:
             "a file of the sidecar's name exists and is not a sidecar", file=path, hint="move it out of the way"
         )
     with atomic_output(path, replace=lexists(path)) as fd:
-        write_all(fd, pack_locator(locator) + record, file=path)
+        writer = Writer(fd, file=path)
+        writer.write(0, pack_locator(locator))
+        writer.write_blob(RECORD_OFFSET, record)
     return path
 
 
@@ -81,7 +83,7 @@ def read_sidecar(image: Path, expected: Locator | None = None) -> Sidecar:
     try:
         locator = parse_locator(head, file=path, offset=0)
     except GraftFormatError as problem:
-        return Sidecar(path, GraftState.DAMAGED, str(problem), None, record or None)
+        return Sidecar(path, GraftState.DAMAGED, str(problem), None, record)
     state, detail = _compare(record, locator, expected)
     return Sidecar(path, state, detail, locator, record)
 
@@ -109,20 +111,20 @@ def remove_sidecar(image: Path) -> None:
         remove_file(path)
 
 
-def _compare(record: bytes, locator: Locator, expected: Locator | None) -> tuple[GraftState, str]:
+def _compare(record: Blob | None, locator: Locator, expected: Locator | None) -> tuple[GraftState, str]:
     if expected is not None and locator != expected:
         return GraftState.DAMAGED, "the sidecar belongs to another graft"
-    size = len(record)
-    if size < locator.record_size:
+    size = 0 if record is None else record.size
+    if record is None or size < locator.record_size:
         return GraftState.CUT, f"the sidecar holds {size} of {locator.record_size} record bytes"
     if size > locator.record_size:
         return GraftState.DAMAGED, f"the sidecar is {size - locator.record_size} bytes too long"
-    if sha256(record).digest() != locator.record_sha256:
+    if record.sha256 != locator.record_sha256:
         return GraftState.OVERWRITTEN, "the record in the sidecar does not match the locator's digest"
     return GraftState.OK, ""
 
 
-def _read(path: Path) -> tuple[bytes, bytes] | str:
+def _read(path: Path) -> tuple[bytes, Blob | None] | str:
     """Return the file's first 128 bytes and the record, "" when there is no such file, or why it cannot be read."""
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
@@ -132,18 +134,25 @@ def _read(path: Path) -> tuple[bytes, bytes] | str:
         what = "is a symbolic link" if problem.errno == errno.ELOOP else f"cannot be read: {problem.strerror}"
         return f"the sidecar {path.name} {what}"
     try:
-        status = os.fstat(fd)
-        if not stat.S_ISREG(status.st_mode):
-            return f"the sidecar {path.name} is not a regular file"
-        if not 0 < status.st_size <= layout.MAX_RECORD_SIZE + RECORD_OFFSET:
-            return f"the sidecar {path.name} is empty or over the size limit"
-        head = os.pread(fd, RECORD_OFFSET, 0)
-        # A large file that is no sidecar is not worth its memory.
-        return head, os.pread(fd, status.st_size - len(head), len(head)) if head.startswith(MAGIC) else b""
+        return _read_open(fd, path)
+    except FileError as problem:
+        return f"the sidecar {path.name}: {problem.message}"
     except OSError as problem:
         return f"the sidecar {path.name} cannot be read: {problem.strerror}"
     finally:
         os.close(fd)
+
+
+def _read_open(fd: int, path: Path) -> tuple[bytes, Blob | None] | str:
+    """Do what :func:`_read` does with the open file."""
+    status = os.fstat(fd)
+    if not stat.S_ISREG(status.st_mode):
+        return f"the sidecar {path.name} is not a regular file"
+    if not 0 < status.st_size <= layout.MAX_RECORD_SIZE + RECORD_OFFSET:
+        return f"the sidecar {path.name} is empty or over the size limit"
+    head = os.pread(fd, RECORD_OFFSET, 0)
+    size = status.st_size - len(head)
+    return head, file_blob(fd, len(head), size, file=path) if head.startswith(MAGIC) and size else None
 
 
 def _may_replace(path: Path) -> bool:

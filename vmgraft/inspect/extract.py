@@ -33,7 +33,7 @@ def extract_part(path: Path, part: str, *, extension: str | None = None, opening
         if part == "record":
             if graft.located.record is None:
                 raise GraftFormatError(f"no record to extract: {graft.located.detail}", file=path, field="record")
-            return graft.located.record
+            return graft.located.record.read_all()
         envelopes = graft.envelopes()
         if not envelopes:
             raise GraftFormatError(graft.format_problem() or "the record has no envelope", file=path, field="envelope")

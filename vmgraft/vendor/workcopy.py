@@ -14,29 +14,24 @@ from vmgraft.imagefmt.sidecar import sidecar_path
 
 
 @contextmanager
-def work_copy(image: Path, output: Path) -> Iterator[Path]:
-    """Yield a copy of an image, and of its sidecar, under a temporary name in the output's folder.
+def work_file(output: Path) -> Iterator[Path]:
+    """Yield a temporary name in the output's folder; nothing has that name yet.
 
-    When the block ends well, the copy gets the output's name; else it goes away. A process that is killed leaves at
-    most the hidden temporary file, never an unfinished output.
+    When the block ends well, the file made there, and its sidecar, get the output's names; else they go away. A process
+    that is killed leaves at most the hidden temporary files, never an unfinished output.
 
     Args:
-        image: The image; a symbolic link is followed, so that the sidecar beside the real file comes along.
-        output: The name the copy gets; neither it nor its sidecar's name may be taken.
+        output: The name the file gets; neither it nor its sidecar's name may be taken.
 
     Raises:
-        FileError: a name is taken, or the copy fails.
+        FileError: a name is taken, or there is no such folder.
     """
     if not output.parent.is_dir():
         raise FileError("no such folder", file=output.parent, hint="make it first, or name another output")
     for path in (output, sidecar_path(output)):
         _refuse_taken(path)
-    source, work = Path(os.path.realpath(image)), output.with_name(f".vmgraft-{secrets.token_hex(8)}.tmp")
+    work = output.with_name(f".vmgraft-{secrets.token_hex(8)}.tmp")
     try:
-        copy_file(source, work)
-        sidecar = sidecar_path(source)
-        if os.path.isfile(sidecar) and not os.path.islink(sidecar):  # noqa: PTH113,PTH114 - Path raises for long names
-            copy_file(sidecar, sidecar_path(work))
         yield work
         _publish(work, output)
     except VmgraftError as error:
@@ -46,6 +41,26 @@ def work_copy(image: Path, output: Path) -> Iterator[Path]:
         for path in (work, sidecar_path(work)):
             with suppress(OSError):
                 path.unlink(missing_ok=True)
+
+
+@contextmanager
+def work_copy(image: Path, output: Path) -> Iterator[Path]:
+    """Yield a copy of an image, and of its sidecar, under a temporary name as :func:`work_file` does.
+
+    Args:
+        image: The image; a symbolic link is followed, so that the sidecar beside the real file comes along.
+        output: The name the copy gets; neither it nor its sidecar's name may be taken.
+
+    Raises:
+        FileError: a name is taken, or the copy fails.
+    """
+    with work_file(output) as work:
+        source = Path(os.path.realpath(image))
+        copy_file(source, work)
+        sidecar = sidecar_path(source)
+        if os.path.isfile(sidecar) and not os.path.islink(sidecar):  # noqa: PTH113,PTH114 - Path raises for long names
+            copy_file(sidecar, sidecar_path(work))
+        yield work
 
 
 def _refuse_taken(path: Path) -> None:

@@ -52,7 +52,7 @@ def test_layout_and_way_back(tmp_path, tail, filling):
     assert data[FIELD : FIELD + 128] == data[-SECTOR : -SECTOR + 128]
     assert not any(data[-SECTOR + 128 :])
     assert (locator.record_offset, locator.file_size) == (start, len(original))
-    assert data[start : start + locator.record_size] == located.record
+    assert data[start : start + locator.record_size] == located.record.read_all()
     assert data[:FIELD] + original[FIELD : FIELD + 128] + data[FIELD + 128 : len(original)] == original
     assert FIELD // 512 == (FIELD + 127) // 512  # one disk sector
     with open_image(path) as image:

@@ -8,11 +8,12 @@ from hypothesis import strategies as st
 from imagefmt_helpers import SECTOR, TERMINATOR, attach, both, flip, iso_bytes, pvd_bytes
 
 from vmgraft.errors import GraftFormatError, MalformedImageError, VmgraftError
+from vmgraft.imagefmt.assemble import build_record
 from vmgraft.imagefmt.contract import GraftState, Locator, OpenOptions, Patch, Placement, Undo
 from vmgraft.imagefmt.graft import detach_image, open_graft, open_image
 from vmgraft.imagefmt.iso9660 import FORMAT
 from vmgraft.imagefmt.locator import pack_locator
-from vmgraft.imagefmt.record import Section, SectionKind, build_record
+from vmgraft.imagefmt.record import Section, SectionKind
 from vmgraft.imagefmt.undo import pack_undo
 
 PVD = 16 * SECTOR

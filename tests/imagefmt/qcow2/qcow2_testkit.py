@@ -9,9 +9,11 @@ import subprocess
 from functools import lru_cache
 from pathlib import Path
 
+from vmgraft.imagefmt.assemble import build_record
+from vmgraft.imagefmt.blob import BytesBlob
 from vmgraft.imagefmt.contract import Image, Located, OpenOptions, Placement, Undo
 from vmgraft.imagefmt.qcow2 import FORMAT
-from vmgraft.imagefmt.record import Section, SectionKind, build_record, parse_record
+from vmgraft.imagefmt.record import Section, SectionKind, parse_record
 from vmgraft.imagefmt.undo import pack_undo
 
 MIB = 1 << 20
@@ -83,11 +85,11 @@ def read_all(path: Path, root: Path | None = None) -> bytes:
         return image.read(0, image.virtual_size)
 
 
-def record_of(undo: Undo, size: int) -> bytes:
+def record_of(undo: Undo, size: int) -> BytesBlob:
     """A record of about ``size`` bytes, with the undo in it as in real life."""
     fixed = len(build_record([Section(SectionKind.ENVELOPE, b""), Section(SectionKind.UNDO, pack_undo(undo))]))
     body = noise(max(1, size - fixed), 9)
-    return build_record([Section(SectionKind.ENVELOPE, body), Section(SectionKind.UNDO, pack_undo(undo))])
+    return BytesBlob(build_record([Section(SectionKind.ENVELOPE, body), Section(SectionKind.UNDO, pack_undo(undo))]))
 
 
 def attach(path: Path, size: int = 1500, placement: Placement = Placement.AUTO, root: Path | None = None) -> Located:

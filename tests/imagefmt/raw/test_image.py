@@ -72,7 +72,7 @@ def test_the_room_is_exact(raw_image):
     before = digest(raw_image)
     with open_image(raw_image) as image:
         room = image.room().inline
-    overhead = len(attach(raw_image, Placement.SIDECAR, [Section(SectionKind.FILES, b"")]).record)
+    overhead = attach(raw_image, Placement.SIDECAR, [Section(SectionKind.FILES, b"")]).record.size
     detach_image(raw_image)
     with pytest.raises(NoRoomError) as caught:
         attach(raw_image, Placement.INLINE, [Section(SectionKind.FILES, noise(room - overhead + 1))])

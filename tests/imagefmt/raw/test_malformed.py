@@ -89,8 +89,9 @@ def test_only_broken_locators(tmp_path):
 def test_undo_that_contradicts_the_locator_is_not_followed(tmp_path, raw_image):
     from imagefmt_helpers import sample_sections
 
+    from vmgraft.imagefmt.assemble import build_record
     from vmgraft.imagefmt.contract import Patch, Undo
-    from vmgraft.imagefmt.record import Section, SectionKind, build_record
+    from vmgraft.imagefmt.record import Section, SectionKind
     from vmgraft.imagefmt.undo import pack_undo
 
     for undo in (Undo(5), Undo(len(CONTENT), (Patch(0, b"evil"),))):

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from hashlib import sha256
 from itertools import islice
 
 from vmgraft.errors import GraftFormatError
 from vmgraft.imagefmt._layout import LOCATOR_SIZE, MAGIC
+from vmgraft.imagefmt.blob import Blob
 from vmgraft.imagefmt.contract import GraftState, Located, Locator, Placement, Undo
 from vmgraft.imagefmt.flatfile import FlatFile
 from vmgraft.imagefmt.iso9660 import _layout as layout
@@ -95,8 +95,8 @@ def _assess(file: FlatFile, volume_space_size: int, field: bytes, locator: Locat
     inline = locator.placement is Placement.INLINE
     place = Appendix(locator.file_size, locator.record_size if inline else 0)
     if inline:
-        record = file.read(place.record, locator.record_size) if locator.record_offset == place.record else b""
-        located = Located(GraftState.OK, "", locator, offset, record or None)
+        record = file.blob(place.record, locator.record_size if locator.record_offset == place.record else 0)
+        located = Located(GraftState.OK, "", locator, offset, record if record.size else None)
     else:
         located = locate_sidecar(file.path, locator, offset)
     undo = _undo(file, located.record, place.record)
@@ -122,10 +122,10 @@ def _assess(file: FlatFile, volume_space_size: int, field: bytes, locator: Locat
 
 def _state(file: FlatFile, found: Found, locator: Locator, place: Appendix) -> tuple[GraftState, str]:
     """Compare sizes, record and footer with what the locator says; the first thing wrong counts."""
-    record = found.located.record or b""
+    record = found.located.record
     misplaced = locator.placement is Placement.INLINE and locator.record_offset != place.record
     missing = found.end - file.size
-    mismatch = sha256(record).digest() != locator.record_sha256
+    mismatch = record is None or record.sha256 != locator.record_sha256
     mismatch_state = GraftState.OVERWRITTEN if missing == 0 else GraftState.DAMAGED
     checks = (
         (misplaced, GraftState.DAMAGED, "the locator points to another place than behind the original image"),
@@ -186,7 +186,7 @@ def _original_problem(undo: Undo, locator: Locator, volume_space_size: int, fiel
     return _first(checks)
 
 
-def _undo(file: FlatFile, record: bytes | None, offset: int) -> Undo | None:
+def _undo(file: FlatFile, record: Blob | bytes | None, offset: int) -> Undo | None:
     """Return the record's UNDO when it is sound and within what attach can have changed."""
     if record is None:
         return None
@@ -220,7 +220,7 @@ def _find_orphan(file: FlatFile, root_sector: int, field: bytes) -> Found | None
         place = Appendix(locator.file_size, locator.record_size)
         if (place.record, place.footer) == (locator.record_offset, offset):
             detail = "another program added to the image behind the record and dropped its locator"
-            record = file.read(place.record, locator.record_size)
+            record = file.blob(place.record, locator.record_size)
             located = Located(GraftState.ORPHANED, detail, locator, offset, record)
             return Found(located, file.size, None, field, file.size)
     return None
@@ -261,5 +261,5 @@ def _trace(file: FlatFile, head: bytes, offset: int, field: bytes) -> Found | No
     )
     if file.size >= place.end:
         state, detail = GraftState.DAMAGED, "a record lies behind the image, but its locators are damaged"
-    located = Located(state, detail, None, None, file.read(offset, last.offset + last.stored_size))
+    located = Located(state, detail, None, None, file.blob(offset, last.offset + last.stored_size))
     return Found(located, undo.file_size, undo, field, place.end, footer_sound=False)

@@ -7,11 +7,12 @@ same way, so between any two steps the image is either grafted or as before.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import suppress
-from hashlib import sha256
 
 from vmgraft.errors import FileError, GraftFormatError, NoRoomError, UsageError
 from vmgraft.imagefmt._layout import MAGIC
+from vmgraft.imagefmt.blob import SMALL, Blob, BytesBlob
 from vmgraft.imagefmt.contract import GraftState, Locator, Patch, Placement, RecordBuilder, Undo
 from vmgraft.imagefmt.flatfile import FlatFile
 from vmgraft.imagefmt.iso9660 import _layout as layout
@@ -46,23 +47,35 @@ def attach_iso(
     if file.is_block_device and not patches:
         raise NoRoomError("the volume descriptor has no room for a locator", file=file.path)
     record = build(Undo(file_size=size, patches=patches, facts={layout.FACT_VOLUME_SIZE: volume_space_size}))
-    digest = sha256(record).digest()
     if placement is Placement.SIDECAR or file.is_block_device:
-        locator = Locator(Placement.SIDECAR, 0, len(record), digest, tree_digest, size)
+        locator = Locator(Placement.SIDECAR, 0, record.size, record.sha256, tree_digest, size)
         write_sidecar(file.path, locator, record)
-        appended = b"" if patches else pack_locator(locator)
+        appended: list[tuple[int, Blob]] = [] if patches else [(layout.round_up(size), BytesBlob(_sector(locator)))]
     else:
-        place = Appendix(size, len(record))
-        locator = Locator(Placement.INLINE, place.record, len(record), digest, tree_digest, size)
-        appended = record.ljust(place.footer - place.record, b"\0") + pack_locator(locator)
+        place = Appendix(size, record.size)
+        locator = Locator(Placement.INLINE, place.record, record.size, record.sha256, tree_digest, size)
+        end = bytes(place.footer - place.record - record.size) + _sector(locator)
+        appended = [(place.record, record), (place.record + record.size, BytesBlob(end))]
+        if record.size <= SMALL:  # one write; a larger record that is cut short is recognised by its UNDO
+            appended = [(place.record, BytesBlob(record.read_all() + end))]
     _write(file, size, appended, pack_locator(locator) if patches else b"", found.field)
 
 
-def _write(file: FlatFile, size: int, appended: bytes, in_descriptor: bytes, original: bytes) -> None:
+def _sector(locator: Locator) -> bytes:
+    """Return a footer: a locator in a sector of its own."""
+    return pack_locator(locator).ljust(layout.SECTOR_SIZE, b"\0")
+
+
+def _write(file: FlatFile, size: int, appended: Sequence[tuple[int, Blob]], in_descriptor: bytes, field: bytes) -> None:
+    """Append, flush, then write the locator into the descriptor, which held ``field``; take all back on failure."""
     writer = file.writer()
     try:
+        for offset, blob in appended:
+            if blob.size <= 2 * SMALL:
+                writer.write(offset, blob.read_all())
+            else:
+                writer.write_blob(offset, blob)
         if appended:
-            writer.write(layout.round_up(size), appended.ljust(layout.round_up(len(appended)), b"\0"))
             writer.sync()
         if in_descriptor:
             writer.write(layout.LOCATOR_OFFSET, in_descriptor)
@@ -70,7 +83,7 @@ def _write(file: FlatFile, size: int, appended: bytes, in_descriptor: bytes, ori
     except FileError:
         with suppress(FileError):
             if in_descriptor:
-                writer.write(layout.LOCATOR_OFFSET, original)
+                writer.write(layout.LOCATOR_OFFSET, field)
             if appended:
                 writer.truncate(size)
         raise

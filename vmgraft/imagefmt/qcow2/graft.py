@@ -6,6 +6,7 @@ from hashlib import sha256
 from pathlib import Path
 
 from vmgraft.errors import GraftFormatError
+from vmgraft.imagefmt.blob import BytesBlob
 from vmgraft.imagefmt.contract import GraftState, Located, Locator, Placement, Undo
 from vmgraft.imagefmt.locator import LOCATOR_SIZE, parse_locator
 from vmgraft.imagefmt.locator import MAGIC as LOCATOR_MAGIC
@@ -92,7 +93,8 @@ def _from_extension(header: Header, ext: Extension, image: Path) -> Located:
     try:
         locator = parse_locator(data[PREFIX_SIZE:RECORD_AT], file=image, offset=at)
     except GraftFormatError as exc:
-        return Located(GraftState.DAMAGED, exc.message, None, at, data[RECORD_AT:] or None)
+        rest = data[RECORD_AT:]
+        return Located(GraftState.DAMAGED, exc.message, None, at, BytesBlob(rest) if rest else None)
     found = _record(header, locator, at, ext.data_offset + ext.length, image)
     used = RECORD_AT + (locator.record_size if locator.placement is Placement.INLINE else 0)
     if found.state is GraftState.OK and (len(data) - used >= 8 or any(data[used:])):
@@ -110,7 +112,8 @@ def _record(header: Header, locator: Locator, at: int, end: int, image: Path) ->
     record = header.first_cluster[begin : min(end, begin + locator.record_size)]
     if len(record) < locator.record_size:
         detail = f"the record is cut: {len(record)} of {locator.record_size} bytes"
-        return Located(GraftState.CUT, detail, locator, at, record)
+        return Located(GraftState.CUT, detail, locator, at, BytesBlob(record))
+    state, detail = GraftState.OK, ""
     if sha256(record).digest() != locator.record_sha256:
-        return Located(GraftState.OVERWRITTEN, "the record does not match the locator's digest", locator, at, record)
-    return Located(GraftState.OK, "", locator, at, record)
+        state, detail = GraftState.OVERWRITTEN, "the record does not match the locator's digest"
+    return Located(state, detail, locator, at, BytesBlob(record))

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from hashlib import sha256
 
 from vmgraft.errors import GraftFormatError, NoGraftError, NoRoomError, VmgraftError
+from vmgraft.imagefmt.blob import Blob
 from vmgraft.imagefmt.commit import Writer
 from vmgraft.imagefmt.contract import Locator, Patch, Placement, RecordBuilder, Undo
 from vmgraft.imagefmt.locator import LOCATOR_SIZE, pack_locator, parse_locator
@@ -95,14 +96,14 @@ def attach(writer: Writer, header: Header, build: RecordBuilder, terms: Terms) -
     planning.check_attachable(header, file)
     undo = planning.make_undo(header, terms.file_size)
     record = build(undo)
-    inline = _choose(header, terms.placement, len(record), file)
+    inline = _choose(header, terms.placement, record.size, file)
     where = Placement.INLINE if inline else Placement.SIDECAR
-    locator = Locator(where, 0, len(record), sha256(record).digest(), terms.tree_digest, terms.file_size)
-    data = bytes(PREFIX_SIZE) + pack_locator(locator) + (record if inline else b"")
+    locator = Locator(where, 0, record.size, record.sha256, terms.tree_digest, terms.file_size)
+    data = bytes(PREFIX_SIZE) + pack_locator(locator) + (record.read_all() if inline else b"")
     data += bytes(-len(data) % 8)
     layout = planning.make_plan(header, len(data), keep=planning.reserve(header))
     if layout is None:
-        raise _no_room(header, len(record), inline, file)
+        raise _no_room(header, record.size, inline, file)
     note = _note(header, layout, undo.patches, sidecar=not inline)
     cluster = _Cluster(writer, header.first_cluster)
     cluster.put_note(note)
@@ -117,7 +118,7 @@ def attach(writer: Writer, header: Header, build: RecordBuilder, terms: Terms) -
     cluster.put_note(note.at(Phase.ATTACHED))
 
 
-def _put_sidecar(cluster: _Cluster, note: Note, locator: Locator, record: bytes) -> None:
+def _put_sidecar(cluster: _Cluster, note: Note, locator: Locator, record: Blob) -> None:
     """Write the sidecar; if that fails (no space, a foreign file of that name), take back what was written."""
     try:
         write_sidecar(cluster.writer.file, locator, record)

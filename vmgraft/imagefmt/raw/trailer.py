@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from hashlib import sha256
 
 from vmgraft.errors import GraftFormatError
 from vmgraft.imagefmt._layout import LOCATOR, LOCATOR_SIZE, MAGIC
+from vmgraft.imagefmt.blob import Blob
 from vmgraft.imagefmt.contract import GraftState, Kind, Located, Locator, Placement
 from vmgraft.imagefmt.flatfile import FlatFile
 from vmgraft.imagefmt.locator import parse_locator
@@ -107,12 +107,12 @@ def _has_data(file: FlatFile, offset: int) -> bool:
 
 
 def _assess(file: FlatFile, locator: Locator, trailer: Trailer, offset: int) -> Located:
-    record = file.read(trailer.record, locator.record_size)
+    record = file.blob(trailer.record, locator.record_size)
     state, detail = _state(file, locator, trailer, record)
-    return Located(state, detail, locator, offset, record or None)
+    return Located(state, detail, locator, offset, record if record.size else None)
 
 
-def _state(file: FlatFile, locator: Locator, trailer: Trailer, record: bytes) -> tuple[GraftState, str]:
+def _state(file: FlatFile, locator: Locator, trailer: Trailer, record: Blob) -> tuple[GraftState, str]:
     """Judge what stands where the trailer should; the worst thing counts."""
     grown = file.size - trailer.end
     if grown < 0:
@@ -122,7 +122,7 @@ def _state(file: FlatFile, locator: Locator, trailer: Trailer, record: bytes) ->
         return GraftState.DAMAGED, "the two locators of the trailer differ: another program wrote there"
     if _padding(file, locator, trailer):
         return GraftState.DAMAGED, "the padding of the trailer is not zero: another program wrote there"
-    if sha256(record).digest() != locator.record_sha256:
+    if record.sha256 != locator.record_sha256:
         state = GraftState.DAMAGED if grown else GraftState.OVERWRITTEN
         return state, "the record does not match the locator's digest"
     if grown:

@@ -27,17 +27,17 @@ def attach_raw(
         raise UsageError("the image already carries a graft", file=file.path, hint="detach it first")
     size = file.current_size()
     record = build(Undo(file_size=size))
-    if placement is Placement.INLINE and len(record) > room:
+    if placement is Placement.INLINE and record.size > room:
         raise NoRoomError(
-            f"a record of {len(record)} bytes does not fit into the {room} bytes that a raw trailer may hold",
+            f"a record of {record.size} bytes does not fit into the {room} bytes that a raw trailer may hold",
             file=file.path,
             hint="use --placement sidecar",
         )
-    if placement is Placement.SIDECAR or len(record) > room:
-        locator = Locator(Placement.SIDECAR, 0, len(record), sha256(record).digest(), tree_digest, size)
+    if placement is Placement.SIDECAR or record.size > room:
+        locator = Locator(Placement.SIDECAR, 0, record.size, record.sha256, tree_digest, size)
         write_sidecar(file.path, locator, record)
     else:
-        _append(file, size, record, tree_digest)
+        _append(file, size, record.read_all(), tree_digest)
 
 
 def _append(file: FlatFile, size: int, record: bytes, tree_digest: bytes) -> None:
