@@ -1,6 +1,10 @@
 """The JSON Schemas of every document vmgraft reads or writes, and a loader that turns violations into our errors."""
 
+import json
+from collections.abc import Callable
+from functools import cache
 from os import PathLike
+from pathlib import Path
 from typing import Any
 
 from vmgraft.errors import VmgraftError
@@ -21,9 +25,18 @@ def load_schema(name: str) -> dict[str, Any]:
     Raises:
         ValueError: there is no such schema.
     """
-    from vmgraft.schemas import loader
+    if name not in SCHEMAS:
+        raise ValueError(f"no schema named {name!r}")
+    text = Path(__file__).with_name(f"{name}.schema.json").read_text("utf-8")
+    schema: dict[str, Any] = json.loads(text)
+    return schema
 
-    return loader.load_schema(name)
+
+@cache
+def _predicate(name: str) -> Callable[[Any], bool]:
+    from vmgraft.schemas.compiled import compile_schema
+
+    return compile_schema(load_schema(name))
 
 
 def validate(name: str, document: Any, *, file: str | PathLike[str] | None, error: type[VmgraftError]) -> None:
@@ -38,6 +51,7 @@ def validate(name: str, document: Any, *, file: str | PathLike[str] | None, erro
     Raises:
         VmgraftError: (of class ``error``) with the path of the field at fault in ``field``.
     """
-    from vmgraft.schemas import loader
+    if not _predicate(name)(document):
+        from vmgraft.schemas import loader
 
-    loader.validate(name, document, file=file, error=error)
+        loader.refuse(name, document, file=file, error=error)

@@ -1,10 +1,10 @@
-"""Loads the schemas and turns violations into our errors, with the path of the field at fault.
+"""Turns violations of the schemas into our errors, with the path of the field at fault.
 
-Imported on the first use of a schema, since jsonschema takes its time to load. Two keywords of our own steer the
-message a person reads: ``x-message`` replaces the library's sentence, ``x-hint`` becomes the error's hint. Where the
-standard keywords leave room, the reading here is the narrow one: a pattern must match the whole string (Python's ``$``
-would let a trailing newline pass), ``integer`` means an ``int`` (``1.0`` and ``True`` are not), and a string or array
-that is over its length limit is not looked at any further.
+Imported when a document was refused (see ``compiled``), since jsonschema takes its time to load. Two keywords of our
+own steer the message a person reads: ``x-message`` replaces the library's sentence, ``x-hint`` becomes the error's
+hint. Where the standard keywords leave room, the reading here is the narrow one: a pattern must match the whole string
+(Python's ``$`` would let a trailing newline pass), ``integer`` means an ``int`` (``1.0`` and ``True`` are not), and a
+string or array that is over its length limit is not looked at any further.
 """
 
 from __future__ import annotations
@@ -15,29 +15,19 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cache
 from itertools import islice
 from os import PathLike
-from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from jsonschema import Draft202012Validator, validators
 from jsonschema.exceptions import ValidationError, relevance
 from jsonschema.protocols import Validator
 
 from vmgraft.errors import VmgraftError
-from vmgraft.schemas import SCHEMAS
+from vmgraft.schemas import load_schema
 
 #: Violations looked at before one is picked to be reported.
 _MAX_VIOLATIONS = 32
 #: Characters of a message shown; violations quote their input.
 _MAX_MESSAGE = 200
-
-
-def load_schema(name: str) -> dict[str, Any]:
-    """See ``vmgraft.schemas.load_schema``."""
-    if name not in SCHEMAS:
-        raise ValueError(f"no schema named {name!r}")
-    text = Path(__file__).with_name(f"{name}.schema.json").read_text("utf-8")
-    schema: dict[str, Any] = json.loads(text)
-    return schema
 
 
 def _pattern(_v: Any, expression: str, value: Any, schema: Mapping[str, Any]) -> Iterator[ValidationError]:
@@ -107,11 +97,15 @@ def _sentence(violation: ValidationError) -> str:
     return _shorten(violation.message)
 
 
-def validate(name: str, document: Any, *, file: str | PathLike[str] | None, error: type[VmgraftError]) -> None:
-    """See ``vmgraft.schemas.validate``."""
+def refuse(name: str, document: Any, *, file: str | PathLike[str] | None, error: type[VmgraftError]) -> NoReturn:
+    """Say what is wrong with a document that the compiled schema refused.
+
+    Raises:
+        VmgraftError: (of class ``error``) with the path of the field at fault in ``field``.
+    """
     violations = list(islice(_validator(name).iter_errors(document), _MAX_VIOLATIONS))
     if not violations:
-        return
+        raise error(f"not a valid {name}", file=file)
     worst = max(violations, key=relevance)
     while worst.context:
         worst = max(worst.context, key=relevance)
