@@ -5,9 +5,11 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,6 +23,8 @@ from vmgraft.signing.policy import Policy, parse_policy
 from vmgraft.signing.policytools import format_policy, init_policy
 from vmgraft.signing.statement import build_statement
 from vmgraft.signing.verify import verify_evidence
+
+sys.path.insert(0, str(Path(__file__).parent))  # the helper modules of this folder
 
 NOW = datetime(2026, 11, 22, 15, 0, 0, tzinfo=UTC)
 

@@ -230,6 +230,15 @@ def public_from_pem(data: bytes, *, file: _PathOrNone = None, error: type[Vmgraf
     return _wrap_public(key, file, error)
 
 
+def public_from_key(key: object, *, file: _PathOrNone = None, error: type[VmgraftError] = FileError) -> PublicKey:
+    """Wrap a public key object of ``cryptography``.
+
+    Raises:
+        VmgraftError: (of class ``error``) a key of a kind or size not accepted.
+    """
+    return _wrap_public(key, file, error)
+
+
 def is_encrypted(data: bytes) -> bool:
     """Tell whether a PEM private key needs a passphrase."""
     return b"-----BEGIN ENCRYPTED PRIVATE KEY-----" in data or b"Proc-Type: 4,ENCRYPTED" in data
