@@ -1,41 +1,24 @@
 """The content digest against sha256sum and openssl, on a dense raw file in the page cache."""
 
-import os
-import subprocess
-import sys
-import tempfile
-from pathlib import Path
-
-from _measure import compare
-
-from vmgraft.imagefmt.graft import open_image
-from vmgraft.imagefmt.tree import digest_content
+from _measure import GIB, MIB, PROGRAM, Bench, Runner, dense_file
 
 
 def main() -> None:
-    size = int(sys.argv[1]) if len(sys.argv) > 1 else 1 << 30
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "dense.img"
-        chunk = os.urandom(1 << 20)
-        with path.open("wb") as file:
-            for number in range(size >> 20):
-                file.write(number.to_bytes(8, "little") + chunk[8:])
-
-        def tree() -> None:
-            with open_image(path) as image:
-                digest_content(image, flat="never")
-
-        compare(
-            f"digest of {size >> 20} MiB, {os.cpu_count()} CPUs",
+    bench = Bench("digest", "content digest of a dense file")
+    size = 64 * MIB if bench.small else 4 * GIB
+    with bench.folder() as folder:
+        path = dense_file(folder / "dense.img", size)
+        ours, peers = Runner(), Runner()
+        bench.compare(
+            f"digest of {size // MIB} MiB",
             {
-                "content tree": tree,
-                "sha256sum": lambda: subprocess.run(["sha256sum", path], check=True, capture_output=True),
-                "openssl dgst -sha256": lambda: subprocess.run(
-                    ["openssl", "dgst", "-sha256", path], check=True, capture_output=True
-                ),
+                "vmgraft digest": ours.peer(PROGRAM, "digest", "-q", "--flat-digest", "never", path),
+                "sha256sum": peers.peer("sha256sum", path),
+                "openssl dgst -sha256": peers.peer("openssl", "dgst", "-sha256", path),
             },
-            rounds=3,
         )
+        bench.fact("peak memory of vmgraft", ours.peak / MIB, "MiB")
+    bench.end()
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-from _measure import compare
+from _measure import Bench
 
 from vmgraft.vmmhost.core.devices.cmos import Cmos
 from vmgraft.vmmhost.layer.client import ExtensionHost
@@ -22,6 +22,7 @@ class NoMemory:
 
 
 def main() -> None:
+    bench = Bench("extension", "port reads answered by an extension and by the core")
     spec = ExtensionSpec(
         "org.vmgraft.clock", "1.0.0", CLOCK.read_bytes(), log=True, now=True, pio=(PioRange(0x510, 0x517),),
         limits=LayerLimits(calls_per_second=1_000_000),
@@ -41,9 +42,11 @@ def main() -> None:
             for _ in range(CALLS):
                 cmos.pio_read(1, 1)
 
-        medians = compare(f"{CALLS} port reads, host and worker on one CPU", {"extension": extension, "core": device})
+        title = f"{CALLS} port reads, host and worker on one CPU"
+        medians = bench.compare(title, {"core": device, "extension": extension}, rounds=7)
     for name, median in medians.items():
-        print(f"  {name}: {median / CALLS * 1e6:.1f} microseconds a read")
+        bench.fact(f"a read, {name}", median / CALLS * 1e6, "microseconds")
+    bench.end()
 
 
 if __name__ == "__main__":

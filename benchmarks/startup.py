@@ -1,23 +1,20 @@
 """How fast the command line starts: `vmgraft --help` against the import of its command library alone."""
 
-import subprocess
-import sys
-from pathlib import Path
-
-from _measure import compare
-
-PROGRAM = str(Path(sys.executable).with_name("vmgraft"))
+from _measure import PROGRAM, PYTHON, Bench, Runner
 
 
 def main() -> None:
-    compare(
+    bench = Bench("startup", "start-up of the command line")
+    run = Runner()
+    bench.compare(
         "start-up",
         {
-            "vmgraft --help": lambda: subprocess.run([PROGRAM, "--help"], check=True, capture_output=True),
-            "python -c 'import click'": lambda: subprocess.run([sys.executable, "-c", "import click"], check=True),
+            "python -c 'import click'": run.peer(PYTHON, "-c", "import click"),
+            "vmgraft --help": run.peer(PROGRAM, "--help"),
         },
         rounds=21,
     )
+    bench.end()
 
 
 if __name__ == "__main__":

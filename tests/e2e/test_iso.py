@@ -78,3 +78,30 @@ def test_checkisomd5_stays_happy(cli, vendor: Path, tmp_path: Path, clock: Path,
     cli("verify", iso, "--policy", vendor / "policy.json")
     cli("detach", iso)
     assert sha256(iso) == before
+
+
+def test_burnt_with_padding_and_recovered(cli, vendor: Path, iso: Path, clock: Path, sha256) -> None:
+    before = sha256(iso)
+    cli("attach", iso, clock, "--key", vendor / "acme.key")
+    grafted = sha256(iso)
+    with iso.open("ab") as file:
+        file.write(bytes(150 * 2048))
+    assert "all of them zero" in cli.json("inspect", iso)["graft"]["detail"]
+    cli("verify", iso, "--policy", vendor / "policy.json", code=5)
+    cli("recover", iso)
+    assert sha256(iso) == grafted
+    cli("verify", iso, "--policy", vendor / "policy.json")
+    cli("detach", iso)
+    assert sha256(iso) == before
+
+
+def test_burnt_with_the_volumes_size(cli, vendor: Path, iso: Path, clock: Path, tool, sha256) -> None:
+    """The record is gone, the content is not: the digest in the locator shows the way back."""
+    before, sectors = sha256(iso), iso.stat().st_size // 2048
+    cli("attach", iso, clock, "--key", vendor / "acme.key")
+    copy = iso.with_name("copy.iso")
+    tool("dd", f"if={iso}", f"of={copy}", "bs=2048", f"count={sectors}")
+    assert "the record is gone" in cli.json("inspect", copy)["graft"]["detail"]
+    cli("verify", copy, "--policy", vendor / "policy.json", code=5)
+    cli("detach", copy)
+    assert sha256(copy) == before

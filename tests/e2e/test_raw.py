@@ -1,7 +1,8 @@
-"""A raw disk: the same journey, and the recipe that hides the trailer from QEMU."""
+"""A raw disk: the same journey, what partitioning tools do to it, and block devices."""
 
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -84,3 +85,67 @@ def test_long_names(cli, vendor: Path, disk: Path, clock: Path, sha256) -> None:
     cli("attach", disk, clock, "--key", vendor / "acme.key", "--placement", "inline", "-o", long, code=0)
     cli("detach", long, "-o", disk.with_name("back.img"))
     assert sha256(disk.with_name("back.img")) == before
+
+
+@pytest.fixture
+def gpt_disk(tmp_path: Path, tool) -> Path:
+    path = tmp_path / "gpt.img"
+    with path.open("wb") as file:
+        file.truncate(8 << 20)
+    tool("sgdisk", "--new=1:2048:0", path)
+    return path
+
+
+def test_a_moved_backup_gpt_and_the_way_back(cli, vendor: Path, gpt_disk: Path, clock: Path, tool, sha256) -> None:
+    """sgdisk -e writes into the trailer: nothing verifies any more, and what to do is said and works."""
+    before = sha256(gpt_disk)
+    cli("attach", gpt_disk, clock, "--key", vendor / "acme.key")
+    tool("sgdisk", "--move-second-header", gpt_disk)
+    assert cli.json("list", gpt_disk)["state"] == "damaged"
+    graft = cli.json("inspect", gpt_disk)["graft"]
+    assert "moved the backup GPT" in graft["detail"] and "detach, then let the tool move it back" in graft["detail"]
+    cli("verify", gpt_disk, "--policy", vendor / "policy.json", code=5)
+    cli("recover", gpt_disk, code=5)
+    cli("detach", gpt_disk)
+    tool("sgdisk", "--move-second-header", gpt_disk)
+    assert sha256(gpt_disk) == before
+
+
+def test_a_lost_locator_is_recovered(cli, vendor: Path, disk: Path, clock: Path, sha256) -> None:
+    cli("attach", disk, clock, "--key", vendor / "acme.key")
+    grafted = sha256(disk)
+    with disk.open("r+b") as file:
+        file.seek(-128, os.SEEK_END)
+        file.write(bytes(128))
+    cli("verify", disk, "--policy", vendor / "policy.json", code=5)
+    cli("recover", disk)
+    assert sha256(disk) == grafted
+    cli("verify", disk, "--policy", vendor / "policy.json")
+
+
+@pytest.fixture
+def device(disk: Path, tool) -> Iterator[Path]:
+    """A loop device over the disk, named by a link in the folder."""
+    if os.geteuid() != 0:
+        pytest.skip("setting up a loop device needs root")
+    link = disk.with_name("device")
+    link.symlink_to(tool("losetup", "--find", "--show", disk).strip())
+    yield link
+    tool("losetup", "--detach", str(link.resolve()))
+
+
+def test_a_block_device(cli, vendor: Path, disk: Path, device: Path, clock: Path, sha256) -> None:
+    before, policy = sha256(disk), vendor / "policy.json"
+    assert cli.json("digest", device)["tree"] == cli.json("digest", disk)["tree"]
+    cli("attach", device, clock, "--key", vendor / "acme.key")
+    assert device.with_name("device.vmgraft").exists()
+    assert cli.json("list", device)["unverified"]["placement"] == "sidecar"
+    assert cli.json("verify", device, "--policy", policy)["error"] is None
+    report = cli.json("run", device, "--policy", policy, "--cpu", "soft", "--timeout", "30")
+    assert "clock: 0x" in report["end"]["serial"]
+    cli("detach", device)
+    assert not device.with_name("device.vmgraft").exists()
+    assert sha256(disk) == before
+    cli("attach", device.resolve(), clock, "--key", vendor / "acme.key", code=5)
+    assert "symbolic link" in cli.stderr
+    assert not Path(f"{device.resolve()}.vmgraft").exists()

@@ -7,7 +7,9 @@ import pytest
 from imagefmt_helpers import attach, digest, tool
 
 from vmgraft.errors import ImageInUseError
+from vmgraft.imagefmt.blob import SMALL
 from vmgraft.imagefmt.contract import Placement
+from vmgraft.imagefmt.flatfile import FlatFile
 from vmgraft.imagefmt.graft import detach_image, open_image
 from vmgraft.imagefmt.locks import image_lock
 
@@ -98,3 +100,13 @@ def test_a_refusal_leaves_no_lock_behind(raw_image):
     tool("qemu-io", "-f", "raw", "-c", "write 0 512", raw_image)
     os.close(first)
     os.close(second)
+
+
+def test_a_blob_that_outlives_its_image_holds_no_lock(tmp_path):
+    path = tmp_path / "disk"
+    path.write_bytes(b"x" * (SMALL + 1))
+    file = FlatFile(path, writable=True)
+    blob = file.blob(0, SMALL + 1)
+    file.close()
+    FlatFile(path, writable=True).close()
+    assert blob.read(0, 1) == b"x"

@@ -2,19 +2,20 @@
 
 import dataclasses
 import os
-import shutil
 import struct
 import tracemalloc
+from hashlib import sha256
 
 import pytest
-from imagefmt_helpers import attach, content_of, digest, iso_bytes, problem_of, sample_sections, state_of
+from imagefmt_helpers import attach, content_of, digest, iso_bytes, problem_of, sample_sections, state_of, tool
 
 from vmgraft.errors import FileError, GraftFormatError, NoGraftError
 from vmgraft.imagefmt.contract import GraftState, Placement
-from vmgraft.imagefmt.graft import detach_image, open_graft, open_image
+from vmgraft.imagefmt.graft import attach_sections, detach_image, open_graft, open_image
 from vmgraft.imagefmt.locator import pack_locator
 from vmgraft.imagefmt.record import Section, SectionKind
 from vmgraft.imagefmt.sidecar import read_sidecar, sidecar_path, write_sidecar
+from vmgraft.imagefmt.tree import digest_content
 
 
 @pytest.fixture
@@ -84,13 +85,72 @@ def test_spoiled(request, image, spoil, state):
     assert content_of(path) == original
 
 
-def test_the_sidecar_of_another_image(tmp_path, grafted_iso):
-    other = tmp_path / "other.iso"
-    other.write_bytes(iso_bytes(26))
-    attach(other, Placement.SIDECAR)
-    shutil.copy(sidecar_path(other), sidecar_path(grafted_iso))
-    assert state_of(grafted_iso) is GraftState.DAMAGED
-    assert "another graft" in problem_of(grafted_iso)
+@pytest.fixture(params=["disc.iso", "disk.qcow2"])
+def pointing(request, tmp_path):
+    """Images whose container points to the sidecar: two of different content."""
+    paths = tmp_path / request.param, tmp_path / f"other-{request.param}"
+    for number, path in enumerate(paths):
+        if path.suffix == ".iso":
+            path.write_bytes(iso_bytes(24 + number))
+        else:
+            tool("qemu-img", "create", "-q", "-f", "qcow2", path, f"{number + 1}M")
+    return paths
+
+
+def attach_aside(path, sections=None):
+    with open_image(path) as image:
+        tree = digest_content(image, flat="never").tree_digest
+    attach_sections(path, sections or sample_sections(), placement=Placement.SIDECAR, tree_digest=tree)
+
+
+def test_swapped(pointing):
+    """The sidecar of another image is told apart, is not read as if it were this one's, and survives detach."""
+    path, other = pointing
+    for image in pointing:
+        attach_aside(image)
+    own, foreign = sidecar_path(path).read_bytes(), sidecar_path(other).read_bytes()
+    sidecar_path(path).write_bytes(foreign)
+    before = digest(path)
+    assert state_of(path) is GraftState.SWAPPED
+    assert "another image" in problem_of(path) and sha256(own[128:]).hexdigest() in problem_of(path)
+    with open_image(path) as image:
+        assert open_graft(image).manifests() == ()
+    with pytest.raises(GraftFormatError, match="another image") as caught:
+        detach_image(path)
+    assert "move it away" in caught.value.hint
+    assert (sidecar_path(path).read_bytes(), digest(path)) == (foreign, before)
+    sidecar_path(path).write_bytes(own)
+    assert problem_of(path) is None
+
+
+def test_stale(pointing):
+    """An earlier graft's sidecar of the same content."""
+    path, _ = pointing
+    clean = digest(path)
+    attach_aside(path)
+    earlier = sidecar_path(path).read_bytes()
+    detach_image(path)
+    attach_aside(path, [*sample_sections(), Section(SectionKind.FILES, b"more")])
+    later = sidecar_path(path).read_bytes()
+    sidecar_path(path).write_bytes(earlier)
+    assert state_of(path) is GraftState.STALE
+    assert "earlier or later" in problem_of(path) and sha256(later[128:]).hexdigest() in problem_of(path)
+    with pytest.raises(GraftFormatError):
+        detach_image(path)
+    assert sidecar_path(path).read_bytes() == earlier
+    sidecar_path(path).write_bytes(later)
+    detach_image(path)
+    assert digest(path) == clean and not sidecar_path(path).exists()
+
+
+def test_neither_swapped_nor_stale_but_damaged(pointing):
+    path, other = pointing
+    for image in pointing:
+        attach_aside(image)
+    foreign = sidecar_path(other).read_bytes()
+    sidecar_path(path).write_bytes(foreign[:-1])
+    assert state_of(path) is GraftState.DAMAGED
+    assert "damaged itself" in problem_of(path)
 
 
 def test_a_raw_image_that_changed_its_size(grafted_raw):

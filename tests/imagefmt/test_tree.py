@@ -200,6 +200,19 @@ def test_leaves_of_a_segment_without_data_are_zero(tmp_path):
     assert tree.check(290 * 16, b"x".ljust(BLOCK_SIZE, b"\0"))
 
 
+def test_scattered_blocks_have_their_leaves(tmp_path):
+    places = [0, 3, 4, 2047, 2048, 2050, 3 * 2048 + 31, 3 * 2048 + 32, 3 * 2048 + 65]
+    path = write(tmp_path / "data", 4 * 2048 * BLOCK_SIZE + 512, *((at * BLOCK_SIZE, b"%d" % at) for at in places))
+    with FileImage(path) as image:
+        tree = build_tree(image)
+        assert build_tree(image, keep_leaves=False).root_hash == tree.root_hash
+    assert tree.tree_digest.hex() in fsverity_digest(path)
+    for at in {*places, *(at + 1 for at in places), *(max(0, at - 1) for at in places)}:
+        block = (b"%d" % at if at in places else b"").ljust(BLOCK_SIZE, b"\0")
+        assert tree.check(at, block), at
+        assert tree.leaf(at) == sha256(block).digest()
+
+
 def test_a_terabyte_of_holes_costs_nothing(tmp_path):
     path = write(tmp_path / "huge", 1 << 40, ((1 << 40) - 5, b"end"))
 

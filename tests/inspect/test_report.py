@@ -1,10 +1,14 @@
 """What inspect, list and extract say of an image, and that nothing in it can speak for itself."""
 
 import json
+import subprocess
+import zipfile
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
+from vmgraft.cli.app import cli
 from vmgraft.errors import FileError, NoGraftError, UsageError
 from vmgraft.imagefmt.graft import attach_sections
 from vmgraft.imagefmt.record import Section, SectionKind
@@ -87,3 +91,32 @@ def test_unreadable_files(tmp_path: Path) -> None:
         inspect_image(tmp_path / "empty")
     with pytest.raises(FileError):
         inspect_image(tmp_path)
+
+
+def test_partitions_of_every_disk_and_of_nothing_else(tmp_path: Path) -> None:
+    disk, archive = tmp_path / "disk.img", tmp_path / "a.zip"
+    with disk.open("wb") as file:
+        file.truncate(64 << 20)
+    script = "label: gpt\nstart=2048, size=8192, name=boot, type=uefi\nname=root"
+    subprocess.run(["sfdisk", "-q", str(disk)], input=script, text=True, check=True)
+    subprocess.run(["qemu-img", "convert", "-O", "qcow2", str(disk), str(tmp_path / "disk.qcow2")], check=True)
+    tables = [inspect_image(path)["unverified"]["partitions"] for path in (disk, tmp_path / "disk.qcow2")]
+    assert tables[0] == tables[1]
+    assert tables[0]["scheme"] == "gpt" and tables[0]["problems"] == []
+    found = [(part["number"], part["start"], part["size"], part["name"]) for part in tables[0]["partitions"]]
+    assert found[0] == (1, 1 << 20, 4 << 20, "boot") and found[1][3] == "root"
+    with zipfile.ZipFile(archive, "w") as bundle:
+        bundle.writestr("a.txt", "a")
+    assert inspect_image(archive)["unverified"]["partitions"] is None
+
+
+def test_inspect_shows_partitions_and_their_problems_to_people(tmp_path: Path) -> None:
+    disk = tmp_path / "disk.img"
+    with disk.open("wb") as file:
+        file.truncate(64 << 20)
+    subprocess.run(["sfdisk", "-q", str(disk)], input="label: gpt\nname=root", text=True, check=True)
+    with disk.open("r+b") as file:
+        file.truncate(80 << 20)
+    done = CliRunner().invoke(cli, ["inspect", str(disk)])
+    assert done.exit_code == 0 and "partition table: gpt" in done.output and "root" in done.output
+    assert any("?" in line and "end" in line for line in done.output.splitlines() if line.startswith("│"))

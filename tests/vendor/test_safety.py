@@ -190,14 +190,14 @@ def test_a_graft_that_cannot_be_taken_back_is_told(
 
 
 def test_content_that_changes_while_it_is_grafted(disk: Path, key: PrivateKey, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = graft._write
+    real = graft.attach_sections
 
-    def change(*args: object) -> object:
+    def change(*args: object, **named: object) -> object:
         with disk.open("r+b") as file:
             file.write(b"CHANGED!")
-        return real(*args)  # type: ignore[arg-type]
+        return real(*args, **named)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(graft, "_write", change)
+    monkeypatch.setattr(graft, "attach_sections", change)
     with pytest.raises(VerificationError, match="content"):
         graft_clock(disk, key)
     assert disk.read_bytes() == b"CHANGED!" + CONTENT[8:]

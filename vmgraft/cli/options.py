@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, Literal, TypeVar, cast
 
 import click
 
@@ -41,7 +43,7 @@ def opening_options(function: F) -> F:
             "--root", type=DIRECTORY, help="Folder that backing files must lie in (default: the image's own folder)."
         ),
         click.option(
-            "--image-format", type=click.Choice(["qcow2", "iso9660", "raw"]),
+            "--image-format", type=click.Choice(["qcow2", "iso9660", "vhd", "vmdk", "vdi", "vhdx", "zip", "raw"]),
             help="Format of the image (default: found out). Name it for raw disks whose guest is not trusted.",
         ),
     ):  # fmt: skip
@@ -83,3 +85,82 @@ def passphrase_options(function: F) -> F:
     return click.option("--passphrase-file", type=FILE, help="Read the passphrase from the first line of this file.")(
         function
     )
+
+
+def keys_option(*, required: bool) -> Callable[[F], F]:
+    """``--key``, ``--certificate`` and the passphrase options; the command gets one ``keys`` (``keyring.Keys``)."""
+
+    def decorate(function: F) -> F:
+        @functools.wraps(function)
+        def command(*args: Any, **kwargs: Any) -> Any:
+            from vmgraft.cli.keyring import Keys
+
+            names = ("key_references", "certificates", "passphrase_file", "passphrase_fd")
+            return function(*args, keys=Keys(*(kwargs.pop(name) for name in names)), **kwargs)
+
+        for option in (
+            passphrase_options,
+            click.option(
+                "--certificate", "certificates", multiple=True, type=FILE,
+                help="PEM chain for one of the keys, leaf first; goes along with its signatures; repeatable.",
+            ),
+            click.option(
+                "--key", "key_references", multiple=True, required=required, metavar="KEY",
+                help="Private key: path, file:, pkcs11:, exec: or a KMS URI (see `vmgraft key show`); repeatable.",
+            ),
+        ):  # fmt: skip
+            command = option(command)
+        return cast("F", command)
+
+    return decorate
+
+
+@dataclass(frozen=True, slots=True)
+class Signing:
+    """What a user says about a new statement and where it goes; None and empty where nothing was said."""
+
+    output: Path | None
+    binding: str | None
+    placement: str | None
+    flat_digest: Literal["auto", "always", "never"] | None
+    expires: datetime | None
+    trust: tuple[Path, ...]
+
+
+def signing_options(function: F) -> F:
+    """Everything about a new statement; the command gets one ``signing``."""
+    names = ("output", "binding", "placement", "flat_digest", "expires", "trust")
+
+    @functools.wraps(function)
+    def command(*args: Any, **kwargs: Any) -> Any:
+        values = {name: kwargs.pop(name) for name in names}
+        if values["expires"] is not None:
+            values["expires"] = values["expires"].replace(tzinfo=UTC)
+        return function(*args, signing=Signing(**values), **kwargs)
+
+    kept = "; for a graft that is there already: as it was"
+    for option in (
+        click.option(
+            "--trust", multiple=True, type=FILE,
+            help="Public key that signed the graft that is there (the --keys are trusted anyway); repeatable.",
+        ),
+        click.option(
+            "--expires", type=click.DateTime(["%Y-%m-%dT%H:%M:%SZ", "%Y-%m-%d"]),
+            help="End of validity, UTC (2027-11-22). Default: none" + kept + ".",
+        ),
+        click.option(
+            "--flat-digest", type=click.Choice(["auto", "always", "never"]),
+            help="Sign the flat SHA-256 too; auto: up to 16 GiB. Default: auto" + kept + ".",
+        ),
+        click.option(
+            "--placement", type=click.Choice(["auto", "inline", "sidecar"]),
+            help="In the file itself, or in IMAGE.vmgraft beside it. Default: auto, inline where it fits" + kept + ".",
+        ),
+        click.option(
+            "--binding", type=click.Choice(["image", "any"]),
+            help="What is signed: good for this content only, or portable. Default: image" + kept + ".",
+        ),
+        click.option("-o", "--output", type=FILE, help="Write the result to a new file and leave IMAGE alone."),
+    ):  # fmt: skip
+        command = option(command)
+    return cast("F", command)

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import click
 
 from vmgraft.cli.exitcodes import exit_code
-from vmgraft.cli.output import human_size, printable
+from vmgraft.cli.output import human_size, printable, show_warnings
 from vmgraft.signing.contract import Report, Status
 from vmgraft.signing.report import deciding_check, report_document
+
+if TYPE_CHECKING:
+    from vmgraft.imagefmt.contract import ContentDigest, Opening
 
 _MARKS: Final = {Status.PASS: ("ok", "green"), Status.FAIL: ("FAIL", "red"), Status.WARN: ("warn", "yellow"),
                  Status.SKIP: ("skip", "bright_black")}  # fmt: skip
@@ -50,8 +53,11 @@ def show_list(listing: dict[str, Any]) -> None:
         claims = entry["capabilities"] if isinstance(entry["capabilities"], list) else [entry["capabilities"]]
         capabilities = ", ".join(_text(claim) for claim in claims if claim is not None)
         click.echo(f"{UNVERIFIED} {_text(entry['id'])} {_text(entry['version'])}  [{_text(capabilities)}]")
+    beside = f" ({printable(listing['recordFile'])})" if listing["recordFile"] else ""
+    why = f" ({printable(listing['detail'])})" if listing["detail"] else ""
     click.echo(
-        f"state: {listing['state']}, placement: {listing['unverified']['placement']}. Nothing above is verified.",
+        f"state: {listing['state']}{why}, placement: {listing['unverified']['placement']}{beside}. Nothing above is "
+        "verified.",
         err=True,
     )
 
@@ -64,15 +70,66 @@ def show_inspection(report: dict[str, Any]) -> None:
     click.echo(f"├─ {UNVERIFIED} guest size {claims['virtualSize']} ({human_size(claims['virtualSize'])})")
     for item in claims["backingChain"]:
         click.echo(f"├─ {UNVERIFIED} backing file {printable(item)}")
+    if claims["backingProblem"] is not None:
+        click.echo(f"├─ {UNVERIFIED} backing file: {_text(claims['backingProblem'])}")
     click.echo(f"├─ room for an inline record: {image['room']['inline']} bytes ({image['room']['reason']})")
     click.echo("├─ container")
     _branch(claims["container"], "│  ")
+    _show_partitions(claims["partitions"])
     click.echo(f"└─ graft: {graft['state']}" + (f" ({printable(graft['detail'])})" if graft["detail"] else ""))
+    if graft["recordFile"]:
+        click.echo(f"   ├─ record file {printable(graft['recordFile'])}")
     for name in ("locator", "formatProblem", "sections", "envelopes", "manifests", "hints"):
         if claims.get(name):
             click.echo(f"   ├─ {name}")
             _branch(claims[name], "   │  ")
     click.echo(f"Lines with {UNVERIFIED} repeat what the file claims; `vmgraft verify` decides.", err=True)
+
+
+def _show_partitions(table: dict[str, Any] | None) -> None:
+    """Print the partition tables of a disk, one line a partition."""
+    if table is None or (table["scheme"] == "none" and not table["problems"]):
+        return
+    click.echo(f"├─ {UNVERIFIED} partition table: {table['scheme']} {_text(table['diskId'])}".rstrip())
+    tables = [("", table), *((name, table[name]) for name in ("mbr", "apm") if name in table)]
+    for label, part in ((label, part) for label, listed in tables for part in listed["partitions"]):
+        words = [label, f"{part['number']}:", human_size(part["size"]), f"at {part['start']},"]
+        words += [_text(part["typeName"] or part["type"]), _text(part["name"])]
+        click.echo(f"│  {UNVERIFIED} " + " ".join(word for word in words if word))
+    for problem in table["problems"]:
+        click.echo(f"│  {UNVERIFIED} {click.style(_text(problem), fg='yellow')}")
+
+
+def digest_document(result: ContentDigest, opening: Opening, warnings: list[str]) -> dict[str, Any]:
+    """Return the JSON object of ``digest``."""
+    snapshot = opening.snapshot
+    if snapshot is not None:
+        snapshot = snapshot.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+    return {
+        "virtualSize": result.virtual_size,
+        "content": "ciphertext" if opening.ciphertext else "guest",
+        "snapshot": snapshot,
+        "tree": {
+            "digest": result.tree_digest.hex(),
+            "rootHash": result.root_hash.hex(),
+            "blockSize": result.block_size,
+        },
+        "sha256": None if result.flat is None else result.flat.hex(),
+        "warnings": warnings,
+    }
+
+
+def show_digest(document: dict[str, Any]) -> None:
+    """Print the digests of a content, and which content it is where that is not the guest's current one."""
+    if document["content"] == "ciphertext":
+        click.echo("content      ciphertext as stored, not what the guest sees")
+    if document["snapshot"] is not None:
+        click.echo(f"snapshot     {_text(document['snapshot'])}")
+    click.echo(f"size         {document['virtualSize']} ({human_size(document['virtualSize'])})")
+    click.echo(f"tree digest  {document['tree']['digest']}")
+    click.echo(f"root hash    {document['tree']['rootHash']}")
+    click.echo(f"sha256       {document['sha256'] or 'not computed (--flat-digest always)'}")
+    show_warnings(document["warnings"])
 
 
 def _branch(value: Any, indent: str) -> None:

@@ -176,7 +176,7 @@ def atomic_output(destination: str | PathLike[str], *, replace: bool = False) ->
         yield fd
         Writer(fd, file=target).sync()
         temporary = _give_name(fd, temporary, target, replace)
-        sync_folder(target.parent)
+        _keep_name(target, replace)
     finally:
         os.close(fd)
         if temporary is not None:
@@ -236,6 +236,17 @@ def _give_name(fd: int, temporary: Path | None, target: Path, replace: bool) -> 
     except OSError as problem:
         raise _failed("put in place", target, problem) from problem
     return None
+
+
+def _keep_name(target: Path, replace: bool) -> None:
+    """Flush the name of a file; where that fails, take a new one back: what is reported as failed is not there."""
+    try:
+        sync_folder(target.parent)
+    except FileError:
+        if not replace:
+            with suppress(OSError):
+                target.unlink()
+        raise
 
 
 def _link(fd: int, source: Path | None, target: Path) -> None:

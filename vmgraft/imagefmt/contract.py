@@ -14,6 +14,7 @@ from vmgraft.errors import UnsupportedError
 
 if TYPE_CHECKING:
     from vmgraft.imagefmt.blob import Blob
+    from vmgraft.imagefmt.flatfile import FlatFile
 
 
 class Kind(StrEnum):
@@ -111,13 +112,17 @@ class Room:
 
 @dataclass(frozen=True, slots=True)
 class Located:
-    """The graft as found. ``record`` holds the record's bytes whenever they could be read, sound or not."""
+    """The graft as found. ``record`` holds the record's bytes whenever they could be read, sound or not.
+
+    ``record_file`` names the file that holds it where that is neither the image nor its sidecar.
+    """
 
     state: GraftState
     detail: str = ""
     locator: Locator | None = None
     locator_offset: int | None = None
     record: Blob | None = None
+    record_file: Path | None = None
 
 
 #: Given the undo facts, builds the final record; called once per attach, after all reads and before any write.
@@ -135,6 +140,8 @@ class Image(ABC):
     """
 
     format_name: ClassVar[str]
+    #: Whether the content is a disk that a machine could boot; an archive's is not.
+    is_disk: ClassVar[bool] = True
 
     path: Path
     #: Size of the guest content in bytes; raw rounds up to 512.
@@ -276,6 +283,9 @@ class Format:
     #: Whether it can show internal snapshots, and stored ciphertext.
     snapshots: bool = False
     ciphertext: bool = False
+    #: (the open file) -> does its end, or its name together with its end, say that it is ours? For containers that
+    #: begin with bytes of somebody else.
+    probe_end: Callable[[FlatFile], bool] | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,11 +8,11 @@ import stat
 from collections.abc import Iterator
 from pathlib import Path
 
-from vmgraft.errors import FileError
+from vmgraft.errors import FileError, NoRoomError
 from vmgraft.imagefmt import locks
 from vmgraft.imagefmt.blob import Blob, file_blob
 from vmgraft.imagefmt.commit import Writer
-from vmgraft.imagefmt.contract import Extent, Kind
+from vmgraft.imagefmt.contract import Extent, Image, Kind
 
 
 class FlatFile:
@@ -60,6 +60,19 @@ class FlatFile:
             return os.lseek(self.fd, 0, os.SEEK_END)
         except OSError as problem:
             raise FileError(f"the file has no size: {problem.strerror}", file=self.path) from problem
+
+    def check_sidecar_lasts(self) -> None:
+        """Refuse to choose a sidecar beside a node in /dev: it would be gone after the next start.
+
+        Raises:
+            NoRoomError: when the file is a block device, named by its node.
+        """
+        if self.is_block_device and Path("/dev") in self.path.parents:
+            raise NoRoomError(
+                "a block device has no room behind its end, and a sidecar in /dev is gone after the next start",
+                file=self.path,
+                hint="name the device by a symbolic link in a folder that lasts, or say --placement sidecar",
+            )
 
     def writer(self) -> Writer:
         """Return a crash-safe writer on the same descriptor.
@@ -154,5 +167,26 @@ class FlatFile:
     def close(self) -> None:
         """Close the descriptor, and with it give up the locks; closing twice is fine."""
         if self.fd >= 0:
+            if self.writable:  # a blob may hold a duplicate of the descriptor, and with it the locks
+                locks.release(self.fd)
             os.close(self.fd)
             self.fd = -1
+
+
+class FlatImage(Image):
+    """An image that is one flat file; subclasses say which bytes of it are content by ``readinto``."""
+
+    _file: FlatFile
+
+    def read(self, offset: int, length: int) -> bytes:
+        """Return guest content; short only at its end.
+
+        Raises:
+            FileError: when the file cannot be read.
+        """
+        buffer = bytearray(max(0, min(length, self.virtual_size - offset)))
+        return bytes(buffer[: self.readinto(offset, memoryview(buffer))])
+
+    def close(self) -> None:
+        """Close the file and give up its locks."""
+        self._file.close()

@@ -20,6 +20,7 @@ from vmgraft.imagefmt.contract import (
     Progress,
     Undo,
 )
+from vmgraft.imagefmt.journal import BETWEEN, locate_graft, read_journal, refuse_unfinished, remove_journal
 from vmgraft.imagefmt.locator import LOCATOR_SIZE
 from vmgraft.imagefmt.record import Record, Section, SectionKind, StoredSection, parse_record
 from vmgraft.imagefmt.registry import choose
@@ -32,12 +33,15 @@ _SIGNED_KINDS = (SectionKind.ENVELOPE, SectionKind.MANIFEST, SectionKind.MODULE)
 _PAYLOAD_KINDS = (SectionKind.MANIFEST, SectionKind.MODULE, SectionKind.FILES)
 #: States in which a new graft may be written.
 _FREE = (GraftState.NONE, GraftState.ORPHANED)
+#: States in which the sidecar's name is taken by a sound sidecar that is not this graft's.
+_FOREIGN_SIDECAR = (GraftState.SWAPPED, GraftState.STALE)
 
 
 def open_image(path: str | Path, opening: Opening = PROBE, *, writable: bool = False) -> Image:
     """Open a disk image of any registered format.
 
-    Symbolic links are resolved first, so a sidecar always lies beside the file itself.
+    Symbolic links are resolved first, so a sidecar always lies beside the file itself. A block device named by a link
+    outside /dev keeps that name: its sidecar lies beside the link.
 
     Args:
         path: The image.
@@ -47,7 +51,7 @@ def open_image(path: str | Path, opening: Opening = PROBE, *, writable: bool = F
     Raises:
         FileError: when it cannot be opened, is malformed, unsupported or in use.
     """
-    real = _resolve(Path(path))
+    real = _name_of(Path(path))
     if writable and (opening.snapshot is not None or opening.ciphertext):
         raise UsageError("snapshots and ciphertext are for reading only", file=real)
     root = None if opening.root is None else _resolve(opening.root)
@@ -70,7 +74,7 @@ class Graft:
 
     def __init__(self, image: Image, *, located: Located | None = None, progress: Progress | None = None) -> None:
         self.image = image
-        self.located = image.locate() if located is None else located
+        self.located = locate_graft(image) if located is None else located
         self.record: Record | None = None
         self.tree: ContentTree | None = None
         self._progress = progress
@@ -197,12 +201,12 @@ class Graft:
 
 
 def open_graft(image: Image, *, progress: Progress | None = None) -> Graft:
-    """Return the graft of an open image, sound or not.
+    """Return the graft of an open image, sound or not; where a change was interrupted, the one before it.
 
     Raises:
         NoGraftError: when it carries none.
     """
-    located = image.locate()
+    located = locate_graft(image)
     if located.state is GraftState.NONE:
         raise NoGraftError("the image carries no graft", file=image.path, hint="vmgraft attach puts one in")
     if located.state is GraftState.ORPHANED:
@@ -242,26 +246,33 @@ def attach_sections(
     """
     if any(section.kind is SectionKind.UNDO for section in sections):
         raise UsageError("the UNDO section is made by attach itself")
+    with open_image(image_path, opening, writable=True) as image:
+        _make_free(image)
+        written = put_in(image, sections, placement, tree_digest)
+    with open_image(image_path, opening) as image:
+        return check_written(image, written)
+
+
+def put_in(image: Image, sections: Sequence[Section], placement: Placement, tree_digest: bytes) -> Blob:
+    """Attach to an image that is open for writing; return the record, of ``sections`` and UNDO, for a comparison."""
     written: list[Blob] = []
 
     def build(undo: Undo) -> Blob:
         undo_section = Section(SectionKind.UNDO, pack_undo(undo), compress=True)
-        folder = _resolve(Path(image_path)).parent
-        written.append(assemble_record([undo_section, *sections], folder))
+        written.append(assemble_record([undo_section, *sections], image.path.parent))
         return written[-1]
 
-    with open_image(image_path, opening, writable=True) as image:
-        _make_free(image)
-        image.attach(build, placement, tree_digest)
-    with open_image(image_path, opening) as image:
-        return _check_written(image, written[-1])
+    image.attach(build, placement, tree_digest)
+    return written[-1]
 
 
 def _make_free(image: Image) -> None:
     """Clear away what an interrupted attach has left; refuse any other graft."""
     located = image.locate()
+    if located.state in BETWEEN:
+        refuse_unfinished(image)
     if located.state is GraftState.CUT:
-        image.detach(_find_undo(image, located))
+        image.detach(find_undo(image, located))
         located = image.locate()
     if located.state not in _FREE:
         raise UsageError(
@@ -269,7 +280,13 @@ def _make_free(image: Image) -> None:
         )
 
 
-def _check_written(image: Image, record: Blob) -> Located:
+def check_written(image: Image, record: Blob) -> Located:
+    """Compare what a reader finds with what was written.
+
+    Raises:
+        FileError: when it differs.
+        GraftFormatError: when a section does not match its digest.
+    """
     located, found = image.locate(), image.locate().record
     if located.state is not GraftState.OK or found is None or found.sha256 != record.sha256:
         raise FileError(
@@ -294,15 +311,31 @@ def detach_image(path: str | Path, opening: Opening = PROBE) -> None:
     """
     with open_image(path, opening, writable=True) as image:
         located = image.locate()
+        kept = read_journal(image).state is GraftState.OK
+        if kept and located.state in (*BETWEEN, GraftState.OK):
+            remove_journal(image.path)  # first: it must not come back to life
         if located.state is GraftState.NONE:
-            if image.recovered:
+            if image.recovered or kept:
                 return  # an interrupted detach was just brought to its end
             raise NoGraftError("the image carries no graft", file=image.path)
-        image.detach(_find_undo(image, located))
+        if located.state in _FOREIGN_SIDECAR:
+            raise GraftFormatError(
+                f"{located.state.value}: {located.detail}",
+                file=image.path,
+                offset=located.locator_offset,
+                hint=f"detach would remove {sidecar_path(image.path).name} of another graft: move it away first",
+            )
+        image.detach(find_undo(image, located))
+        if kept:
+            remove_journal(image.path)
 
 
-def _find_undo(image: Image, located: Located) -> Undo:
-    """Return UNDO from the record, or what the format can rebuild without it."""
+def find_undo(image: Image, located: Located) -> Undo:
+    """Return UNDO from the record, or what the format can rebuild without it.
+
+    Raises:
+        GraftFormatError: when it is nowhere.
+    """
     problem = located.detail
     if located.record is not None:
         try:
@@ -327,6 +360,8 @@ def _find_undo(image: Image, located: Located) -> Undo:
 def _record_place(image: Path, located: Located) -> tuple[Path, int]:
     """Return the file and offset of a record, for messages."""
     locator = located.locator
+    if located.record_file is not None:
+        return located.record_file, RECORD_OFFSET
     if locator is None:
         return image, 0
     if locator.placement is Placement.SIDECAR:
@@ -335,6 +370,15 @@ def _record_place(image: Path, located: Located) -> tuple[Path, int]:
         # A container that implies the record's place has it right behind the locator.
         return image, located.locator_offset + LOCATOR_SIZE
     return image, locator.record_offset
+
+
+def _name_of(path: Path) -> Path:
+    """Resolve links, but keep one outside /dev that names a block device: a sidecar beside the node would not last."""
+    real = _resolve(path)
+    if path.is_symlink() and real.is_block_device():
+        link = _resolve(path.parent) / path.name
+        return real if Path("/dev") in link.parents else link
+    return real
 
 
 def _resolve(path: Path) -> Path:

@@ -45,6 +45,10 @@ _KINDS = {
 }
 
 
+#: Compressed blocks are data like others for those who ask for extents.
+_JOINED = np.array([BlockKind.HOLE, BlockKind.ZERO, BlockKind.DATA, BlockKind.DATA], dtype=np.uint8)
+
+
 @dataclass(frozen=True, slots=True)
 class Run:
     """Guest bytes ``start`` .. ``start + length`` that stand together in the file from ``host`` on."""
@@ -191,37 +195,44 @@ class MappedContent:
         """
         start = end = 0
         kind = Kind.HOLE
-        for run in self._walk():
-            if _KINDS[run.kind] is not kind:
-                if end > start:
-                    yield Extent(start, end - start, kind)
-                start, kind = run.start, _KINDS[run.kind]
-            end = run.start + run.length
+        for stop, found in self._spans():
+            if found is not kind and end > start:
+                yield Extent(start, end - start, kind)
+                start = end
+            kind, end = found, stop
         if end > start:
             yield Extent(start, end - start, kind)
 
-    def _walk(self) -> Iterator[Run]:
+    def _spans(self) -> Iterator[tuple[int, Kind]]:
+        """Yield where spans of one kind end, in guest bytes; a whole batch of blocks is joined at once."""
         at, budget = 0, self._map.stored_limit
         while at < self._count:
             mapped = max(at, min(self._map.skip_unmapped(at, self._count), self._count))
             if mapped > at:
-                hole = Run(at * self._size, (mapped - at) * self._size, BlockKind.HOLE, 0)
-                yield _clip(hole, 0, self._map.virtual_size)
                 at = mapped
+                yield self._place(at), Kind.HOLE
                 continue
             count = min(_BATCH, self._count - at)
-            for whole in self._batch(at, count):
-                run = _clip(whole, 0, self._map.virtual_size)
-                budget -= self._least_stored(run)
-                if budget < 0:
-                    self._bad()
-                yield run
+            kinds, _ = self._map.entries(at, count)
+            budget -= self._least_stored(kinds, at)
+            if budget < 0:
+                self._bad()
+            joined = _JOINED[kinds]
+            ends = np.append(np.flatnonzero(joined[1:] != joined[:-1]) + 1, count)
+            for stop, found in zip((ends + at).tolist(), joined[ends - 1].tolist(), strict=True):
+                yield self._place(stop), _KINDS[BlockKind(found)]
             at += count
 
-    def _least_stored(self, run: Run) -> int:
-        if run.kind is BlockKind.DATA:
-            return run.length
-        return self._map.least_compressed if run.kind is BlockKind.COMPRESSED else 0
+    def _place(self, block: int) -> int:
+        """Return where a block begins, or the content ends."""
+        return min(block * self._size, self._map.virtual_size)
+
+    def _least_stored(self, kinds: U8, first: int) -> int:
+        """Return how many bytes of the file these blocks take at least; the last of the content may be cut short."""
+        stored = int(np.count_nonzero(kinds == BlockKind.DATA)) * self._size
+        if first + len(kinds) == self._count and kinds[-1] == BlockKind.DATA:
+            stored -= self._count * self._size - self._map.virtual_size
+        return stored + int(np.count_nonzero(kinds == BlockKind.COMPRESSED)) * self._map.least_compressed
 
     def _bad(self) -> NoReturn:
         raise MalformedImageError(

@@ -13,6 +13,11 @@ from vmgraft.imagefmt.flatfile import FlatFile
 _MODULES = {
     "qcow2": "vmgraft.imagefmt.qcow2",
     "iso9660": "vmgraft.imagefmt.iso9660",
+    "vhd": "vmgraft.imagefmt.vhd",
+    "vmdk": "vmgraft.imagefmt.vmdk",
+    "vdi": "vmgraft.imagefmt.vdi",
+    "vhdx": "vmgraft.imagefmt.vhdx",
+    "zip": "vmgraft.imagefmt.zip",
     "raw": "vmgraft.imagefmt.raw",
 }
 #: Bytes of the beginning of a file that a probe is shown.
@@ -24,13 +29,9 @@ _LUKS_HINT = "decrypt it with qemu-img convert, or take its ciphertext (`vmgraft
 
 #: Containers that are recognised and refused: name, offset, magic. A negative offset counts from the end.
 _REFUSED = (
-    ("VHDX", 0, b"vhdxfile"),  # MS-VHDX 2.2.1
-    ("VMDK", 0, b"KDMV"),  # VMware Virtual Disk Format 1.1, sparse extent header
-    ("VMDK", 0, b"COWD"),  # the same, ESX sparse extent
-    ("VMDK", 0, b"# Disk DescriptorFile"),
-    ("VDI", 64, b"\x7f\x10\xda\xbe"),  # VirtualBox VDICore.h, image signature
-    ("VHD", 0, b"conectix"),  # Virtual Hard Disk Image Format, "Hard Disk Footer Format"
-    ("VHD", -_SECTOR, b"conectix"),
+    ("VMDK with its content in other files", 0, b"# Disk DescriptorFile"),  # VMware Virtual Disk Format 5.0
+    ("VMDK of ESX (COWD)", 0, b"COWD"),  # the same, "ESX Server Sparse Extents"
+    ("VMDK of ESX (seSparse)", 0, b"\xbe\xba\xfe\xca\0\0\0\0"),  # QEMU block/vmdk.c, constant header
     ("LUKS", 0, _LUKS),  # LUKS1 and LUKS2 on-disk format, header magic
     ("QED", 0, b"QED\0"),  # QEMU docs/interop/qed_spec
     ("qcow version 1", 0, b"QFI\xfb\0\0\0\1"),  # QEMU block/qcow.c, QCOW_MAGIC and QCOW_VERSION
@@ -70,14 +71,24 @@ def detect(path: Path) -> Format:
     try:
         head = file.read(0, PROBE_SIZE)
         _refuse(file, head)
-        size = file.size
+        rows = [get_format(name) for name in _MODULES]
+        by_head = [row for row in rows if row.probe(head, file.size)]
+        by_end = [row for row in rows if row not in by_head and row.probe_end is not None and row.probe_end(file)]
     finally:
         file.close()
-    for name in _MODULES:
-        row = get_format(name)
-        if row.probe(head, size):
-            return row
-    raise UnsupportedError("the file is empty", file=path)
+    if not by_head:
+        raise UnsupportedError("the file is empty", file=path)
+    # Raw, which stands last, takes anything; what a guest wrote must not decide between two others.
+    if by_end and by_head[0] is not rows[-1]:
+        names = [by_head[0].name, *(row.name for row in by_end)]
+        raise UnsupportedError(
+            f"the file begins like one container and ends like another: {' and '.join(names)}",
+            file=path,
+            offset=0,
+            field="magic",
+            hint=f"say which it is with --image-format {' or '.join(names)}",
+        )
+    return by_end[0] if by_end else by_head[0]
 
 
 def choose(path: Path, opening: Opening) -> Format:

@@ -17,7 +17,7 @@ from vmgraft.errors import FileError, GraftFormatError
 from vmgraft.imagefmt import _layout as layout
 from vmgraft.imagefmt.blob import Blob, file_blob
 from vmgraft.imagefmt.commit import Writer, atomic_output, remove_file
-from vmgraft.imagefmt.contract import GraftState, Located, Locator
+from vmgraft.imagefmt.contract import GraftState, Located, Locator, Placement
 from vmgraft.imagefmt.locator import LOCATOR_SIZE, MAGIC, pack_locator, parse_locator
 
 SUFFIX = ".vmgraft"
@@ -50,6 +50,16 @@ def write_sidecar(image: Path, locator: Locator, record: Blob) -> Path:
         FileError: when it cannot be written, or a file of that name is not a sidecar.
     """
     path = sidecar_path(image)
+    write_record_file(path, locator, record)
+    return path
+
+
+def write_record_file(path: Path, locator: Locator, record: Blob) -> None:
+    """Write a file that is laid out like a sidecar; see :func:`write_sidecar`.
+
+    Raises:
+        FileError: when it cannot be written, or another file has that name.
+    """
     if not _may_replace(path):
         raise FileError(
             "a file of the sidecar's name exists and is not a sidecar", file=path, hint="move it out of the way"
@@ -58,7 +68,6 @@ def write_sidecar(image: Path, locator: Locator, record: Blob) -> Path:
         writer = Writer(fd, file=path)
         writer.write(0, pack_locator(locator))
         writer.write_blob(RECORD_OFFSET, record)
-    return path
 
 
 def read_sidecar(image: Path, expected: Locator | None = None) -> Sidecar:
@@ -70,28 +79,38 @@ def read_sidecar(image: Path, expected: Locator | None = None) -> Sidecar:
 
     Returns:
         State ``NONE`` when there is no sidecar and none was expected, ``NO_RECORD`` when an expected one is missing,
-        ``CUT``, ``OVERWRITTEN`` or ``DAMAGED`` when it is there but not what it should be, else ``OK``.
+        ``SWAPPED`` or ``STALE`` when it is sound but not the one expected, ``CUT``, ``OVERWRITTEN`` or ``DAMAGED`` when
+        it is there but not what it should be, else ``OK``.
     """
-    path = sidecar_path(image)
+    return read_record_file(sidecar_path(image), expected)
+
+
+def read_record_file(path: Path, expected: Locator | None = None) -> Sidecar:
+    """Read a file that is laid out like a sidecar and say in what state it is; see :func:`read_sidecar`."""
     found = _read(path)
     if isinstance(found, str):
         if found:
             return Sidecar(path, GraftState.DAMAGED, found)
-        state = GraftState.NONE if expected is None else GraftState.NO_RECORD
-        return Sidecar(path, state, "" if expected is None else f"the sidecar {path.name} is missing")
+        if expected is None:
+            return Sidecar(path, GraftState.NONE, "")
+        detail = f"the sidecar {path.name} is missing: put it back beside the image"
+        return Sidecar(path, GraftState.NO_RECORD, detail)
     head, record = found
     try:
         locator = parse_locator(head, file=path, offset=0)
     except GraftFormatError as problem:
         return Sidecar(path, GraftState.DAMAGED, str(problem), None, record)
-    state, detail = _compare(record, locator, expected)
+    state, detail = _judge(record, locator)
+    if expected is not None and locator != expected:
+        state, detail = _not_expected(path, state, locator, expected)
     return Sidecar(path, state, detail, locator, record)
 
 
 def locate_sidecar(image: Path, locator: Locator, locator_offset: int | None) -> Located:
     """Follow a container's sidecar locator: one hop, always to ``IMAGE.vmgraft``."""
     found = read_sidecar(image, locator)
-    return Located(found.state, found.detail, locator, locator_offset, found.record)
+    record = None if found.state is GraftState.SWAPPED else found.record  # it says nothing about this image
+    return Located(found.state, found.detail, locator, locator_offset, record)
 
 
 def stray_sidecar(image: Path) -> Sidecar | None:
@@ -106,14 +125,35 @@ def remove_sidecar(image: Path) -> None:
     Raises:
         FileError: when the system refuses.
     """
-    path = sidecar_path(image)
+    remove_record_file(sidecar_path(image))
+
+
+def remove_record_file(path: Path) -> None:
+    """Remove a file that is laid out like a sidecar, if it is there; any other file stays.
+
+    Raises:
+        FileError: when the system refuses.
+    """
     if lexists(path) and _may_replace(path):
         remove_file(path)
 
 
-def _compare(record: Blob | None, locator: Locator, expected: Locator | None) -> tuple[GraftState, str]:
-    if expected is not None and locator != expected:
-        return GraftState.DAMAGED, "the sidecar belongs to another graft"
+def _not_expected(path: Path, state: GraftState, found: Locator, expected: Locator) -> tuple[GraftState, str]:
+    """Say whose sidecar this is: its locator is sound, but not the one in the image."""
+    if state is not GraftState.OK or found.placement is not Placement.SIDECAR:
+        return GraftState.DAMAGED, f"the sidecar {path.name} belongs to another graft, and is damaged itself"
+    if (found.tree_digest, found.file_size) != (expected.tree_digest, expected.file_size):
+        return GraftState.SWAPPED, (
+            f"the sidecar {path.name} belongs to another image, or was made for other content of this one: put the one "
+            f"in its place whose record has the SHA-256 {expected.record_sha256.hex()}"
+        )
+    return GraftState.STALE, (
+        f"the sidecar {path.name} belongs to an earlier or later graft of the same content: put the one in its place "
+        f"whose record has the SHA-256 {expected.record_sha256.hex()}"
+    )
+
+
+def _judge(record: Blob | None, locator: Locator) -> tuple[GraftState, str]:
     size = 0 if record is None else record.size
     if record is None or size < locator.record_size:
         return GraftState.CUT, f"the sidecar holds {size} of {locator.record_size} record bytes"

@@ -8,7 +8,6 @@ same root. A block or a whole subtree of zeros hashes to a constant that depends
 from __future__ import annotations
 
 import os
-import struct
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -18,130 +17,72 @@ from typing import Literal, Self
 
 from vmgraft.errors import FileError, MalformedImageError
 from vmgraft.imagefmt.contract import ContentDigest, Image, Kind, Progress
+from vmgraft.imagefmt.treenodes import (
+    BLOCK_SIZE,
+    FAN_OUT,
+    ContentTree,
+    Leaves,
+    Segment,
+    TreeBuilder,
+    descriptor_digest,
+    leaf_hashes,
+)
 
-#: Bytes of guest content in a leaf, and of hashes in a node.
-BLOCK_SIZE = 65536
-_HASH_SIZE = 32
-#: Hashes in a node.
-FAN_OUT = BLOCK_SIZE // _HASH_SIZE
-#: Bytes of guest content under one lowest node, the unit of work: 128 MiB.
+__all__ = [
+    "BLOCK_SIZE",
+    "FLAT_AUTO_LIMIT",
+    "ContentTree",
+    "FlatMode",
+    "build_tree",
+    "data_runs",
+    "descriptor_digest",
+    "digest_content",
+    "digest_with_tree",
+    "read_blocks",
+    "reader_count",
+]
+
+#: Bytes of guest content under one lowest node, a segment: 128 MiB.
 _SEGMENT = FAN_OUT * BLOCK_SIZE
-_BUFFER = 4 << 20
-_ZERO = bytes(BLOCK_SIZE)
+#: Bytes read at a time: what a processor's own cache holds while it is hashed.
+_BUFFER = 1 << 20
 _ZERO_BUFFER = bytes(_BUFFER)
 #: Flat SHA-256 is computed by default up to this many bytes of guest content.
 FLAT_AUTO_LIMIT = 16 << 30
 
-#: struct fsverity_descriptor (fsverity.rst): version, hash algorithm, log2 of block size, salt size, signature size,
-#: data size, root hash, salt, reserved.
-_DESCRIPTOR = struct.Struct("<BBBBIQ64s32s144s")
-_VERSION = 1
-_SHA256 = 1
+#: Segments are hashed together up to this many bytes of data, or this many of them.
+_BATCH_BYTES = 8 << 20
+_BATCH_SEGMENTS = 256
 
 FlatMode = Literal["auto", "always", "never"]
+#: A segment's number, and the (start, end) runs of it that hold data.
+_Work = tuple[int, list[tuple[int, int]]]
+#: The number of the last segment looked at, and those that are not all zeros.
+_Hashed = tuple[int, dict[int, Segment]]
 
 
-def _zero_levels() -> tuple[bytes, ...]:
-    """Hash of an all-zero block, of a node over such blocks, and so on; enough levels for 2^64 bytes."""
-    levels = [sha256(_ZERO).digest()]
-    for _ in range(6):
-        levels.append(sha256(levels[-1] * FAN_OUT).digest())
-    return tuple(levels)
-
-
-_ZERO_HASH = _zero_levels()
-
-
-class ContentTree:
-    """The tree of one guest content. Leaves of segments without data are not stored.
-
-    Args:
-        virtual_size: Bytes of guest content.
-        segments: Leaf hashes of every segment that holds data, by segment number.
-    """
-
-    def __init__(self, virtual_size: int, segments: dict[int, bytes]) -> None:
-        self.virtual_size = virtual_size
-        self.block_count = -(-virtual_size // BLOCK_SIZE)
-        self._segments = segments
-        self.root_hash = self._root()
-        self.tree_digest = descriptor_digest(virtual_size, self.root_hash)
-
-    def leaf(self, index: int) -> bytes:
-        """Return the hash of block ``index``.
-
-        Raises:
-            IndexError: when there is no such block.
-        """
-        if not 0 <= index < self.block_count:
-            raise IndexError(f"block {index} of {self.block_count}")
-        hashes = self._segments.get(index // FAN_OUT)
-        if hashes is None:
-            return _ZERO_HASH[0]
-        start = index % FAN_OUT * _HASH_SIZE
-        return hashes[start : start + _HASH_SIZE]
-
-    def check(self, block_index: int, data: bytes) -> bool:
-        """Return whether ``data`` is block ``block_index``: 64 KiB, or what is left of the content at its end."""
-        if not 0 <= block_index < self.block_count:
-            return False
-        if len(data) != min(BLOCK_SIZE, self.virtual_size - block_index * BLOCK_SIZE):
-            return False
-        return sha256(data.ljust(BLOCK_SIZE, b"\0")).digest() == self.leaf(block_index)
-
-    def _root(self) -> bytes:
-        if self.block_count == 0:
-            return bytes(_HASH_SIZE)
-        if self.block_count == 1:
-            return self.leaf(0)
-        count = -(-self.block_count // FAN_OUT)
-        nodes = {index: sha256(hashes.ljust(BLOCK_SIZE, b"\0")).digest() for index, hashes in self._segments.items()}
-        _fill_last(nodes, self.block_count, 0)
-        level = 1
-        while count > 1:
-            parents: dict[int, bytes] = {}
-            for index in {child // FAN_OUT for child in nodes}:
-                first = index * FAN_OUT
-                children = range(first, min(first + FAN_OUT, count))
-                block = b"".join(nodes.get(child, _ZERO_HASH[level]) for child in children)
-                parents[index] = sha256(block.ljust(BLOCK_SIZE, b"\0")).digest()
-            _fill_last(parents, count, level)
-            nodes, count, level = parents, -(-count // FAN_OUT), level + 1
-        return nodes.get(0, _ZERO_HASH[level])
-
-
-def _fill_last(nodes: dict[int, bytes], count: int, level: int) -> None:
-    """Add the node over the last, incomplete group of ``count`` zero subtrees, which is no constant."""
-    rest = count % FAN_OUT
-    if rest:
-        nodes.setdefault(count // FAN_OUT, sha256((_ZERO_HASH[level] * rest).ljust(BLOCK_SIZE, b"\0")).digest())
-
-
-def descriptor_digest(virtual_size: int, root_hash: bytes) -> bytes:
-    """Return what ``fsverity digest`` prints: SHA-256 over the fs-verity descriptor."""
-    log2_block = BLOCK_SIZE.bit_length() - 1
-    return sha256(_DESCRIPTOR.pack(_VERSION, _SHA256, log2_block, 0, 0, virtual_size, root_hash, b"", b"")).digest()
-
-
-def build_tree(image: Image, *, progress: Progress | None = None, threads: int | None = None) -> ContentTree:
+def build_tree(
+    image: Image, *, progress: Progress | None = None, threads: int | None = None, keep_leaves: bool = True
+) -> ContentTree:
     """Read the content of ``image`` and build its tree; only data extents are read.
 
     Args:
         image: Its ``readinto`` must be safe to call from several threads.
         progress: Called from this thread with (bytes done, bytes in all), both of guest content.
         threads: Readers; as many as the machine has processors (at most 8) when ``None``.
+        keep_leaves: Whether single blocks are to be checked against the result.
 
     Raises:
         MalformedImageError: when the extents have gaps or reads end early.
         FileError: when the image cannot be read.
     """
-    segments: dict[int, bytes] = {}
-    workers = threads or min(8, os.cpu_count() or 1)
-    waiting: deque[tuple[int, Future[bytes]]] = deque()
+    segments: dict[int, Segment] = {}
+    workers = threads or reader_count()
+    waiting: deque[Future[_Hashed]] = deque()
     pool = ThreadPoolExecutor(workers, thread_name_prefix="vmgraft-tree")
     try:
-        for number, runs in _by_segment(image):
-            waiting.append((number, pool.submit(_hash_segment, image, number, runs)))
+        for batch in _batches(image):
+            waiting.append(pool.submit(_hash_batch, image, batch, keep_leaves))
             if len(waiting) > 2 * workers:
                 _collect(waiting, segments, image, progress)
         while waiting:
@@ -165,24 +106,39 @@ def digest_content(image: Image, *, flat: FlatMode = "auto", progress: Progress 
         MalformedImageError: when the extents have gaps or reads end early.
         FileError: when the image cannot be read.
     """
-    return digest_with_tree(image, flat=flat, progress=progress)[0]
+    return _digest(image, flat, progress, keep_leaves=False)[0]
 
 
 def digest_with_tree(
     image: Image, *, flat: FlatMode = "auto", progress: Progress | None = None
 ) -> tuple[ContentDigest, ContentTree]:
     """Do what :func:`digest_content` does and return the tree too."""
+    return _digest(image, flat, progress, keep_leaves=True)
+
+
+def reader_count() -> int:
+    """Return how many threads read and hash: one a processor that this process may use, at most 8."""
+    return min(8, len(os.sched_getaffinity(0)))
+
+
+def _digest(
+    image: Image, flat: FlatMode, progress: Progress | None, *, keep_leaves: bool
+) -> tuple[ContentDigest, ContentTree]:
     flat_digest = None
     if flat == "always" or (flat == "auto" and image.virtual_size <= FLAT_AUTO_LIMIT):
-        tree, flat_digest = _build_with_flat(image, progress)
+        tree, flat_digest = _build_with_flat(image, progress, keep_leaves)
     else:
-        tree = build_tree(image, progress=progress)
+        tree = build_tree(image, progress=progress, keep_leaves=keep_leaves)
     digest = ContentDigest(image.virtual_size, tree.root_hash, tree.tree_digest, flat_digest, BLOCK_SIZE)
     return digest, tree
 
 
-def _runs(image: Image) -> Iterator[tuple[int, int]]:
-    """Yield block-aligned, merged (start, end) runs that hold data."""
+def data_runs(image: Image) -> Iterator[tuple[int, int]]:
+    """Yield block-aligned, merged (start, end) runs that hold data; the last may end behind the content.
+
+    Raises:
+        MalformedImageError: when the extents have gaps, overlap, or do not cover the content.
+    """
     expected = start = end = 0
     for extent in image.extents():
         if extent.start != expected or extent.length <= 0:
@@ -202,10 +158,23 @@ def _runs(image: Image) -> Iterator[tuple[int, int]]:
         yield start, end
 
 
-def _by_segment(image: Image) -> Iterator[tuple[int, list[tuple[int, int]]]]:
+def _batches(image: Image) -> Iterator[list[_Work]]:
+    """Put segments together to units of work: one that holds much data, or many that hold little."""
+    batch, size = list[_Work](), 0
+    for number, runs in _by_segment(image):
+        batch.append((number, runs))
+        size += sum(end - start for start, end in runs)
+        if size >= _BATCH_BYTES or len(batch) == _BATCH_SEGMENTS:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def _by_segment(image: Image) -> Iterator[_Work]:
     """Group the runs by the segment they lie in."""
     number, runs = -1, list[tuple[int, int]]()
-    for run_start, end in _runs(image):
+    for run_start, end in data_runs(image):
         start = run_start
         while start < end:
             if start // _SEGMENT != number:
@@ -220,38 +189,45 @@ def _by_segment(image: Image) -> Iterator[tuple[int, list[tuple[int, int]]]]:
 
 
 def _collect(
-    waiting: deque[tuple[int, Future[bytes]]], segments: dict[int, bytes], image: Image, progress: Progress | None
+    waiting: deque[Future[_Hashed]], segments: dict[int, Segment], image: Image, progress: Progress | None
 ) -> None:
-    number, future = waiting.popleft()
-    hashes = future.result()
-    if hashes:
-        segments[number] = hashes
+    last, hashed = waiting.popleft().result()
+    segments.update(hashed)
     if progress is not None:
-        progress(min((number + 1) * _SEGMENT, image.virtual_size), image.virtual_size)
+        progress(min((last + 1) * _SEGMENT, image.virtual_size), image.virtual_size)
 
 
-def _hash_segment(image: Image, number: int, runs: list[tuple[int, int]]) -> bytes:
-    """Return the leaf hashes of a segment, or nothing when all its blocks are zero."""
+def _hash_batch(image: Image, batch: list[_Work], keep: bool) -> _Hashed:
+    """Return the number of the last segment, and those segments that are not all zero."""
+    longest = max(end - start for _, runs in batch for start, end in runs)
+    buffer = memoryview(bytearray(min(_BUFFER, longest)))
+    hashed = {}
+    for number, runs in batch:
+        segment = _hash_segment(image, number, runs, buffer).seal(keep)
+        if segment is not None:
+            hashed[number] = segment
+    return batch[-1][0], hashed
+
+
+def _hash_segment(image: Image, number: int, runs: list[tuple[int, int]], buffer: memoryview) -> Leaves:
     base = number * _SEGMENT
-    blocks = min(FAN_OUT, -(-(image.virtual_size - base) // BLOCK_SIZE))
-    buffer = memoryview(bytearray(min(_BUFFER, max(end - start for start, end in runs))))
-    leaves: bytearray | None = None
+    leaves = Leaves(number, image.virtual_size)
     for start, end in runs:
         for position in range(start, end, len(buffer)):
             view = buffer[: min(len(buffer), end - position)]
-            _fill(image, position, view)
-            hashes = _leaf_hashes(view)
-            if hashes is None:
-                continue
-            if leaves is None:
-                leaves = bytearray(_ZERO_HASH[0] * blocks)
-            first = (position - base) // BLOCK_SIZE * _HASH_SIZE
-            leaves[first : first + len(hashes)] = hashes
-    return bytes(leaves or b"")
+            read_blocks(image, position, view)
+            hashes = leaf_hashes(view)
+            if hashes is not None:
+                leaves.add((position - base) // BLOCK_SIZE, hashes)
+    return leaves
 
 
-def _fill(image: Image, offset: int, view: memoryview) -> int:
-    """Read a whole number of blocks, zero-padded behind the end of the content; return the content bytes."""
+def read_blocks(image: Image, offset: int, view: memoryview) -> int:
+    """Read a whole number of blocks, zero-padded behind the end of the content; return the content bytes.
+
+    Raises:
+        FileError: when the image yields less than its size promises.
+    """
     want = min(len(view), image.virtual_size - offset)
     got = image.readinto(offset, view[:want])
     if got != want:
@@ -263,42 +239,26 @@ def _fill(image: Image, offset: int, view: memoryview) -> int:
     return want
 
 
-def _leaf_hashes(view: memoryview) -> bytes | None:
-    """Return the hashes of all blocks in ``view``, or None when they are all zero."""
-    hashes = []
-    zeros = 0
-    for start in range(0, len(view), BLOCK_SIZE):
-        block = view[start : start + BLOCK_SIZE]
-        # Comparing bytes with bytes is one memcmp; the first byte spares most blocks the copy.
-        if block[0] == 0 and bytes(block) == _ZERO:
-            zeros += 1
-            hashes.append(_ZERO_HASH[0])
-        else:
-            hashes.append(sha256(block).digest())
-    return None if zeros == len(hashes) else b"".join(hashes)
-
-
-def _build_with_flat(image: Image, progress: Progress | None) -> tuple[ContentTree, bytes]:
+def _build_with_flat(image: Image, progress: Progress | None, keep: bool) -> tuple[ContentTree, bytes]:
     """Read the content once, in order; the flat digest is computed beside the leaves."""
     size = image.virtual_size
-    segments: dict[int, bytearray] = {}
+    builder = TreeBuilder(size, keep_leaves=keep)
     buffers = cycle([memoryview(bytearray(_BUFFER)) for _ in range(2)])
     position = 0
     with _FlatDigest() as flat:
-        for start, end in chain(_runs(image), [(size, size)]):
+        for start, end in chain(data_runs(image), [(size, size)]):
             flat.skip(max(0, min(start, size) - position))
             position = max(position, min(start, size))
             while position < min(end, size):
                 view = next(buffers)[: min(_BUFFER, end - position)]
-                count = _fill(image, position, view)
+                count = read_blocks(image, position, view)
                 flat.update(view[:count])
-                _store_leaves(segments, size, position, _leaf_hashes(view))
+                builder.add(position, leaf_hashes(view))
                 position += count
                 if progress is not None:
                     progress(position, size)
         digest = flat.digest()
-    tree = ContentTree(size, {number: bytes(leaves) for number, leaves in segments.items()})
-    return tree, digest
+    return builder.finish(), digest
 
 
 class _FlatDigest:
@@ -337,17 +297,3 @@ class _FlatDigest:
 
     def __exit__(self, *_: object) -> None:
         self._pool.shutdown()
-
-
-def _store_leaves(segments: dict[int, bytearray], virtual_size: int, position: int, hashes: bytes | None) -> None:
-    """Put the hashes of consecutive blocks from ``position`` on where they belong."""
-    if hashes is None:
-        return
-    block = position // BLOCK_SIZE
-    while hashes:
-        number, index = divmod(block, FAN_OUT)
-        count = min(len(hashes) // _HASH_SIZE, FAN_OUT - index)
-        blocks = min(FAN_OUT, -(-virtual_size // BLOCK_SIZE) - number * FAN_OUT)
-        leaves = segments.setdefault(number, bytearray(_ZERO_HASH[0] * blocks))
-        leaves[index * _HASH_SIZE : (index + count) * _HASH_SIZE] = hashes[: count * _HASH_SIZE]
-        hashes, block = hashes[count * _HASH_SIZE :], block + count

@@ -7,8 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from vmgraft.errors import FileError, GraftFormatError, NoGraftError, VmgraftError
-from vmgraft.imagefmt.contract import PROBE, GraftState, Image, Located, Opening
+from vmgraft.imagefmt.contract import PROBE, GraftState, Image, Located, Opening, Placement
 from vmgraft.imagefmt.graft import Graft, open_image
+from vmgraft.imagefmt.journal import locate_graft
+from vmgraft.imagefmt.partitions import describe
+from vmgraft.imagefmt.sidecar import sidecar_path
 from vmgraft.schemas import strict_json
 from vmgraft.signing.dsse import parse_envelope
 
@@ -21,15 +24,16 @@ def inspect_image(path: Path, opening: Opening = PROBE) -> dict[str, Any]:
         opening: How to open the image.
 
     Returns:
-        ``image``: what this program measured. ``graft``: its state. ``unverified``: what the file says of itself:
-        ``virtualSize``, ``backingChain``, ``container``, and with a graft ``locator``, ``sections``, ``envelopes``,
-        ``manifests``, ``hints``.
+        ``image``: what this program measured. ``graft``: its state, and ``recordFile``, the name of the file beside the
+        image that holds the record, if one does. ``unverified``: what the file says of itself: ``virtualSize``,
+        ``backingChain``, ``backingProblem``, ``container``, ``partitions`` (None where the content is no disk), and
+        with a graft ``locator``, ``sections``, ``envelopes``, ``manifests``, ``hints``.
 
     Raises:
         FileError: when the file is unreadable or of no known format.
     """
     with open_image(path, opening) as image:
-        located = image.locate()
+        located = locate_graft(image)
         room = image.room()
         report: dict[str, Any] = {
             "image": {
@@ -38,16 +42,38 @@ def inspect_image(path: Path, opening: Opening = PROBE) -> dict[str, Any]:
                 "format": image.format_name,
                 "room": {"inline": room.inline, "reserve": room.reserve, "reason": room.reason},
             },
-            "graft": {"state": located.state.value, "detail": located.detail},
+            "graft": {
+                "state": located.state.value,
+                "detail": located.detail,
+                "recordFile": _record_file(image.path, located),
+            },
             "unverified": {
                 "virtualSize": image.virtual_size,
-                "backingChain": [str(item) for item in image.backing_chain()],
+                **_backing(image),
                 "container": image.metadata(),
+                "partitions": describe(image) if image.is_disk else None,
             },
         }
         if located.state is not GraftState.NONE:
             report["unverified"].update(_claims(Graft(image, located=located)))
     return report
+
+
+def _record_file(image: Path, located: Located) -> str | None:
+    """Return the name of the sidecar or journal that is or should be there for the record; None for inline ones."""
+    if located.record_file is not None:
+        return located.record_file.name
+    if located.locator is None or located.locator.placement is not Placement.SIDECAR:
+        return None
+    return sidecar_path(image).name
+
+
+def _backing(image: Image) -> dict[str, Any]:
+    """Return the files below an image; where they cannot be opened, the reason. Facts do not depend on them."""
+    try:
+        return {"backingChain": [str(item) for item in image.backing_chain()], "backingProblem": None}
+    except FileError as error:
+        return {"backingChain": [], "backingProblem": error.message}
 
 
 def _file_size(path: Path) -> int:
@@ -60,7 +86,9 @@ def _file_size(path: Path) -> int:
 
 
 def list_extensions(path: Path, opening: Opening = PROBE) -> dict[str, Any]:
-    """Return ``{state, placement, extensions: [...]}`` of an image; nothing verified.
+    """Return ``{state, detail, recordFile, unverified: {placement, extensions: [...]}}`` of an image; nothing verified.
+
+    The extensions stand in the order in which they are stored, which is the one in which they were signed.
 
     Raises:
         NoGraftError: the image carries none.
@@ -71,7 +99,7 @@ def list_extensions(path: Path, opening: Opening = PROBE) -> dict[str, Any]:
         raise NoGraftError("the image carries no graft", file=path, hint="`vmgraft attach` puts one in")
     keep = ("id", "version", "securityVersion", "title", "vendor", "capabilities")
     return {
-        "state": report["graft"]["state"],
+        **report["graft"],
         "unverified": {
             "placement": (report["unverified"]["locator"] or {}).get("placement"),
             "extensions": [
@@ -84,7 +112,9 @@ def list_extensions(path: Path, opening: Opening = PROBE) -> dict[str, Any]:
 
 def state_warnings(image: Image) -> list[str]:
     """Say in words when the bytes that vmgraft reads may not be all that another program shows; else nothing."""
-    located = image.locate()
+    located = locate_graft(image)
+    if located.record_file is not None:
+        return [f"{image.path.name}: {located.detail}"]
     if located.state in (GraftState.NONE, GraftState.OK):
         return []
     return [f"{image.path.name}: graft state {located.state.value}: {located.detail or 'not intact'}"]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,23 +10,20 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vmgraft import __version__
-from vmgraft.errors import FileError, UsageError, VerificationError, VmgraftError
+from vmgraft.errors import FileError, UsageError, VmgraftError
 from vmgraft.imagefmt.contract import PROBE, ContentDigest, GraftState, Located, Opening, Placement, Progress
 from vmgraft.imagefmt.graft import attach_sections, detach_image, open_graft, open_image
-from vmgraft.imagefmt.record import Section, SectionKind
+from vmgraft.imagefmt.journal import locate_graft
 from vmgraft.imagefmt.tree import digest_content
-from vmgraft.signing.dsse import PAYLOAD_TYPE, Envelope, Signature, pae, serialise
 from vmgraft.signing.manifest import parse_manifest
-from vmgraft.signing.report import deciding_check
-from vmgraft.signing.statement import build_statement
-from vmgraft.signing.verify import self_check
 from vmgraft.vendor.pack import Package
+from vmgraft.vendor.seal import Terms, check_room, lay_out, make_statement, preflight, sign
+from vmgraft.vendor.seal import verify_written as _verify_written
 from vmgraft.vendor.workcopy import work_copy
 
 if TYPE_CHECKING:
     from vmgraft.imagefmt.tree import FlatMode
-    from vmgraft.signing.keys import PrivateKey
+    from vmgraft.signing.signers import Signer
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +60,7 @@ class Attached:
 def attach(
     image: Path,
     packages: Sequence[Package],
-    keys: Sequence[PrivateKey],
+    keys: Sequence[Signer],
     options: AttachOptions,
     progress: Progress | None = None,
 ) -> Attached:
@@ -82,22 +78,22 @@ def attach(
         NoRoomError: the record does not fit at that placement.
         VmgraftError: see the formats; whatever fails, the image is as it was.
     """
-    now = datetime.now(UTC)
-    _preflight(packages, keys, options, now)
-    with _target(image, options) as target:
+    now, terms = datetime.now(UTC), Terms(options.binding, options.expires)
+    preflight(packages, keys, terms, now)
+    with _target(image, packages, keys, options) as target:
         content, sector_size = _digest(target, options, progress)
-        statement = build_statement(
-            content if options.binding == "image" else None,
-            [(package.manifest, package.module) for package in packages],
-            created=now,
-            expires=options.expires,
-            binding=options.binding,
-            sector_size=sector_size,
+        statement = make_statement(packages, content, terms, created=now, sector_size=sector_size)
+        located = attach_sections(
+            target,
+            lay_out(packages, sign(statement, keys)),
+            placement=options.placement,
+            tree_digest=content.tree_digest,
+            opening=options.opening,
         )
-        located = _write(target, packages, _sign(statement, keys), content, options)
         with _taken_back_on_failure(target, options):
-            _verify_written(target, keys, options)
-    return Attached(options.output or image, located, _sha256(statement), content, tuple(key.keyid for key in keys))
+            _verify_written(target, keys, options.opening)
+    digest = hashlib.sha256(statement).hexdigest()
+    return Attached(options.output or image, located, digest, content, tuple(key.keyid for key in keys))
 
 
 def detach(image: Path, *, output: Path | None = None, opening: Opening = PROBE) -> Path:
@@ -122,7 +118,7 @@ def detach(image: Path, *, output: Path | None = None, opening: Opening = PROBE)
 
 
 def check_detach_ids(image: Path, ids: Sequence[str], opening: Opening = PROBE) -> None:
-    """Refuse to detach only some of the extensions that a statement covers.
+    """Refuse to detach only some of the extensions that a statement covers, where no key can sign the rest.
 
     Raises:
         UsageError: when the ids are not exactly those of the image.
@@ -133,30 +129,18 @@ def check_detach_ids(image: Path, ids: Sequence[str], opening: Opening = PROBE) 
         raise UsageError(
             f"the image carries {', '.join(sorted(carried))}, and one statement covers all of it",
             file=image,
-            hint="detach without ids, then attach those that should stay",
+            hint="name the key that signs the rest with --key, or detach all and attach those that should stay",
         )
 
 
-def _preflight(packages: Sequence[Package], keys: Sequence[PrivateKey], options: AttachOptions, now: datetime) -> None:
-    """Refuse what can never be signed, before any long work is done."""
-    if not packages or not keys:
-        raise UsageError("attach needs at least one extension and one key")
-    ids = [package.id for package in packages]
-    twice = next((item for item in ids if ids.count(item) > 1), None)
-    if twice is not None:
-        raise UsageError(f"the extension {twice} is given twice", field="extensions", hint="an id stands for one")
-    if len({key.keyid for key in keys}) != len(keys):
-        raise UsageError("the same key is given twice", field="key", hint="name each key once")
-    if options.expires is not None and options.expires <= now:
-        raise UsageError("the end of validity lies in the past", field="expires", hint="name a later time, in UTC")
-    parts = [(package.manifest, package.module) for package in packages]
-    build_statement(None, parts, created=now, expires=options.expires, binding="any")
-
-
 @contextmanager
-def _target(image: Path, options: AttachOptions) -> Iterator[Path]:
+def _target(
+    image: Path, packages: Sequence[Package], keys: Sequence[Signer], options: AttachOptions
+) -> Iterator[Path]:
     """Yield the file to graft: the image itself, or a fresh copy that goes away when something fails."""
-    _refuse_grafted(image, options)
+    refuse_grafted(image, options.opening)
+    if options.placement is Placement.INLINE:
+        check_room(image, packages, keys, options.opening)
     if options.output is None:
         yield image
         return
@@ -187,64 +171,22 @@ def _take_back(target: Path, options: AttachOptions, error: BaseException) -> No
         ) from error
 
 
-def _refuse_grafted(image: Path, options: AttachOptions) -> None:
-    """Refuse an image that carries a graft before any long work is done; the leavings of one are written over."""
-    with open_image(image, options.opening) as opened:
-        state = opened.locate().state
-    if state not in (GraftState.NONE, GraftState.ORPHANED):
-        raise UsageError(
-            f"the image carries a graft already (state: {state.value})",
-            file=image,
-            hint="detach first; one statement covers all extensions of an image, so attach them together",
-        )
+def refuse_grafted(image: Path, opening: Opening) -> None:
+    """Refuse an image that carries a graft before any long work is done; the leavings of one are written over.
+
+    Raises:
+        UsageError: it carries one, or a change of it was interrupted.
+    """
+    with open_image(image, opening) as opened:
+        located = locate_graft(opened)
+    if located.state not in (GraftState.NONE, GraftState.ORPHANED):
+        hint = "--add and --replace change the extensions of a grafted image; else detach first"
+        if located.record_file is not None:
+            hint = "`vmgraft recover` puts it back in; `vmgraft detach` takes it away"
+        raise UsageError(f"the image carries a graft already (state: {located.state.value})", file=image, hint=hint)
 
 
 def _digest(path: Path, options: AttachOptions, progress: Progress | None) -> tuple[ContentDigest, int]:
     """Read the guest content once; return its digests and the size of a sector."""
     with open_image(path, options.opening) as image:
         return digest_content(image, flat=options.flat, progress=progress), image.sector_size
-
-
-def _sign(statement: bytes, keys: Sequence[PrivateKey]) -> bytes:
-    """Return the envelope, one signature a key."""
-    message = pae(PAYLOAD_TYPE, statement)
-    return serialise(Envelope(statement, tuple(Signature(key.keyid, key.sign(message)) for key in keys)))
-
-
-def _write(
-    path: Path, packages: Sequence[Package], envelope: bytes, content: ContentDigest, options: AttachOptions
-) -> Located:
-    """Lay out the sections and attach them."""
-    sections = [Section(SectionKind.ENVELOPE, envelope, compress=True)]
-    for package in packages:
-        sections.append(Section(SectionKind.MANIFEST, package.manifest, compress=True))
-        if package.module is not None:
-            sections.append(Section(SectionKind.MODULE, package.module, compress=True))
-    hints = {"tool": f"vmgraft {__version__}", "attached": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")}
-    sections.append(Section(SectionKind.HINTS, json.dumps(hints, sort_keys=True).encode(), critical=False))
-    return attach_sections(
-        path, sections, placement=options.placement, tree_digest=content.tree_digest, opening=options.opening
-    )
-
-
-def _verify_written(path: Path, keys: Sequence[PrivateKey], options: AttachOptions) -> None:
-    """Open the image anew and verify signatures, payloads and content.
-
-    Raises:
-        VerificationError: when what was written is not what was signed (a bug, or the file changed meanwhile).
-    """
-    with open_image(path, options.opening) as image:
-        report = self_check(open_graft(image), [key.public for key in keys], now=datetime.now(UTC))
-    if not report.ok:
-        failed = deciding_check(report)
-        why = "a check was not made" if failed is None else f"{failed.name}: {failed.detail}"
-        raise VerificationError(
-            f"what was written does not verify ({why}); the graft was taken away again",
-            file=path,
-            hint="was the image in use while it was grafted?",
-        )
-
-
-def _sha256(data: bytes) -> str:
-    """Return the lowercase hexadecimal SHA-256."""
-    return hashlib.sha256(data).hexdigest()

@@ -9,7 +9,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from vmgraft.errors import FileError, VmgraftError
+from vmgraft.imagefmt.commit import sync_folder
 from vmgraft.imagefmt.copy import copy_file
+from vmgraft.imagefmt.journal import journal_path
 from vmgraft.imagefmt.sidecar import sidecar_path
 
 
@@ -21,14 +23,14 @@ def work_file(output: Path) -> Iterator[Path]:
     that is killed leaves at most the hidden temporary files, never an unfinished output.
 
     Args:
-        output: The name the file gets; neither it nor its sidecar's name may be taken.
+        output: The name the file gets; neither it nor its sidecar's or journal's name may be taken.
 
     Raises:
         FileError: a name is taken, or there is no such folder.
     """
     if not output.parent.is_dir():
         raise FileError("no such folder", file=output.parent, hint="make it first, or name another output")
-    for path in (output, sidecar_path(output)):
+    for path in (output, sidecar_path(output), journal_path(output)):
         _refuse_taken(path)
     work = output.with_name(f".vmgraft-{secrets.token_hex(8)}.tmp")
     try:
@@ -38,14 +40,14 @@ def work_file(output: Path) -> Iterator[Path]:
         _rename_in(error, work, output)
         raise
     finally:
-        for path in (work, sidecar_path(work)):
+        for path in (work, sidecar_path(work), journal_path(work)):
             with suppress(OSError):
                 path.unlink(missing_ok=True)
 
 
 @contextmanager
 def work_copy(image: Path, output: Path) -> Iterator[Path]:
-    """Yield a copy of an image, and of its sidecar, under a temporary name as :func:`work_file` does.
+    """Yield a copy of an image, its sidecar and its journal, under a temporary name as :func:`work_file` does.
 
     Args:
         image: The image; a symbolic link is followed, so that the sidecar beside the real file comes along.
@@ -57,9 +59,10 @@ def work_copy(image: Path, output: Path) -> Iterator[Path]:
     with work_file(output) as work:
         source = Path(os.path.realpath(image))
         copy_file(source, work)
-        sidecar = sidecar_path(source)
-        if os.path.isfile(sidecar) and not os.path.islink(sidecar):  # noqa: PTH113,PTH114 - Path raises for long names
-            copy_file(sidecar, sidecar_path(work))
+        for name in (sidecar_path, journal_path):
+            beside = name(source)
+            if os.path.isfile(beside) and not os.path.islink(beside):  # noqa: PTH113,PTH114 - Path raises for long names
+                copy_file(beside, name(work))
         yield work
 
 
@@ -80,6 +83,7 @@ def _publish(work: Path, output: Path) -> None:
         for path in named:
             path.unlink(missing_ok=True)
         raise FileError(f"the output cannot be put in place: {error.strerror}", file=output) from error
+    sync_folder(output.parent)
 
 
 def _name(source: Path, target: Path) -> None:

@@ -218,3 +218,30 @@ def test_a_volume_that_reaches_behind_the_content(tmp_path):
         assert "larger than the original" in open_graft(image).format_problem()
     with pytest.raises(GraftFormatError, match="larger"):
         detach_image(path)
+
+
+@pytest.mark.parametrize("cut", [0, 1, SECTOR, 1 << 29])
+def test_a_record_of_a_gibibyte_that_is_a_hole(tmp_path, cut):
+    """A sparse file may claim it; nobody holds it in memory."""
+    import os
+    import tracemalloc
+
+    path = tmp_path / "disc.iso"
+    claim = Locator(Placement.INLINE, SIZE, 1 << 30, bytes(32), bytes(32), SIZE)
+    image = bytearray(iso_bytes())
+    image[34035 : 34035 + 128] = pack_locator(claim)
+    path.write_bytes(image)
+    with open(path, "r+b") as file:
+        file.seek(SIZE + (1 << 30))
+        file.write(pack_locator(claim).ljust(SECTOR, b"\0"))
+    os.truncate(path, path.stat().st_size - cut)
+    tracemalloc.start()
+    try:
+        with open_image(path) as opened:
+            assert opened.locate().state is (GraftState.CUT if cut else GraftState.DAMAGED)
+            assert opened.locate().record.size >= 1 << 29
+            assert open_graft(opened).format_problem()
+            opened.metadata()
+        assert tracemalloc.get_traced_memory()[1] < 32 << 20
+    finally:
+        tracemalloc.stop()

@@ -429,17 +429,6 @@ def test_dirty_and_corrupt_images_are_inspected_but_not_changed(tmp_path: Path, 
         attach(clean)
 
 
-def test_encrypted_images_are_inspected_only(tmp_path: Path) -> None:
-    path = tmp_path / "x.qcow2"
-    options = "encrypt.format=luks,encrypt.key-secret=s,encrypt.iter-time=10"
-    run("qemu-img", "create", "-q", "--object", "secret,id=s,data=abc", "-f", "qcow2", "-o", options, path, "1M")
-    with open_qcow2(path) as image:
-        assert image.metadata()["encryption"] == "LUKS"
-        assert image.locate().state is GraftState.NONE
-        with pytest.raises(UnsupportedError, match="LUKS"):
-            image.read(0, 1)
-
-
 def test_grafted_backing_files_show_pristine_content(tmp_path: Path) -> None:
     base = pattern(make(tmp_path / "base.qcow2"))
     top = make(tmp_path / "top.qcow2", backing="base.qcow2", backing_format="qcow2")

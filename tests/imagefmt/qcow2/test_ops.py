@@ -109,7 +109,23 @@ def _original(version: int, cluster: int, backed: bool) -> bytes:
         return pattern(path, zeros=version == 3).read_bytes()
 
 
-@pytest.mark.parametrize(("version", "cluster", "backed", "op"), _cases())
+def _name(case: tuple[int, int, bool, str]) -> str:
+    version, cluster, backed, op = case
+    return f"v{version}-{cluster}-{'backed' if backed else 'alone'}-{op}"
+
+
+def test_the_matrix_is_whole() -> None:
+    """At least seven operations for every combination of version, cluster size and backing file."""
+    cases = _cases()
+    changing = set(OPS) - {"nothing"}
+    for version, cluster, backed in product([2, 3], [512, 65536, 2 * MIB], [False, True]):
+        ops = {case[3] for case in cases if case[:3] == (version, cluster, backed)}
+        assert len(ops & changing) >= 13, (version, cluster, backed)
+        wanted = {"upgrade", "downgrade", "grow", "shrink", "snapshot", "write", "rebase", "check", "commit"}
+        assert wanted <= ops
+
+
+@pytest.mark.parametrize(("version", "cluster", "backed", "op"), _cases(), ids=map(_name, _cases()))
 def test_detach_of_a_changed_graft_gives_the_changed_original(
     tmp_path: Path, version: int, cluster: int, backed: bool, op: str
 ) -> None:

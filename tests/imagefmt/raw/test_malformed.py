@@ -16,10 +16,11 @@ from vmgraft.imagefmt.locator import pack_locator
 CONTENT = b"content of a disk" * 300
 HEAD = 8192
 RECORD = b"R" * 500
+END = 32768  # the record, 20480 bytes, and the rest of a page
 SOUND = Locator(Placement.INLINE, HEAD + 128, len(RECORD), sha256(RECORD).digest(), bytes(32), len(CONTENT))
 
 
-def build(path, locator=SOUND, *, head=None, tail=None, record=RECORD, size=12288):
+def build(path, locator=SOUND, *, head=None, tail=None, record=RECORD, size=END):
     data = bytearray(CONTENT.ljust(size, b"\0"))
     head = pack_locator(locator) if head is None else head
     tail = pack_locator(locator) if tail is None else tail
@@ -33,7 +34,7 @@ def build(path, locator=SOUND, *, head=None, tail=None, record=RECORD, size=1228
 CASES = {
     "wrong record offset": (replace(SOUND, record_offset=HEAD), GraftState.NONE),
     "record offset far away": (replace(SOUND, record_offset=1 << 60), GraftState.NONE),
-    "content as long as the file": (replace(SOUND, file_size=12288), GraftState.NONE),
+    "content as long as the file": (replace(SOUND, file_size=END), GraftState.NONE),
     "content of 8 EiB": (replace(SOUND, file_size=(1 << 62)), GraftState.NONE),
     "content of nothing": (replace(SOUND, file_size=0), GraftState.NONE),
     "record of 1 GiB": (replace(SOUND, record_size=1 << 30), GraftState.NONE),
@@ -50,7 +51,7 @@ def test_locators_that_do_not_fit(tmp_path, case):
     with open_image(path) as image:
         assert image.locate().state is state
         if state is GraftState.NONE:
-            assert image.virtual_size == 12288
+            assert image.virtual_size == END
 
 
 def test_a_record_that_is_none(tmp_path):
@@ -139,12 +140,12 @@ locators = st.builds(
     record_size=st.integers(64, 8192) | st.just(1 << 30),
     record_sha256=st.just(SOUND.record_sha256) | st.just(bytes(32)),
     tree_digest=st.just(bytes(32)),
-    file_size=st.integers(0, 13000) | st.just(len(CONTENT)) | st.just(1 << 61),
+    file_size=st.integers(0, 34000) | st.just(len(CONTENT)) | st.just(1 << 61),
 )
 
 
 @settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
-@given(locators, locators, st.integers(1, 20000), st.binary(max_size=300))
+@given(locators, locators, st.integers(1, 40000), st.binary(max_size=300))
 def test_any_trailer(tmp_path, head, tail, size, junk):
     path = build(tmp_path / "disk.img", head=pack_locator(head), tail=pack_locator(tail))
     data = (path.read_bytes() + junk).ljust(size, b"\x33")[: max(size, 1)]

@@ -75,33 +75,35 @@ def extract(image: Path, part: str, extension: str | None, output: Path, opening
 @click.command(epilog="Example: vmgraft digest disk.qcow2 --json")
 @image_argument
 @flat_digest_option
+@click.option("--snapshot", metavar="NAME|ID", help="Digest an internal snapshot of a qcow2 image.")
+@click.option(
+    "--ciphertext", is_flag=True,
+    help="Digest what an encrypted image (LUKS, or qcow2 with LUKS or AES) stores, without decrypting it.",
+)  # fmt: skip
 @opening_options
 @quiet_option
 @json_option
-def digest(image: Path, flat_digest: str, opening: Opening, quiet: bool, as_json: bool) -> None:
+def digest(
+    image: Path, flat_digest: str, snapshot: str | None, ciphertext: bool, opening: Opening, quiet: bool, as_json: bool
+) -> None:
     """Print the digests of the guest content: the same for every container that holds it."""
-    from vmgraft.cli.output import emit_ok, human_size, progress_bar, show_warnings
+    from dataclasses import replace
+
+    from vmgraft.cli.output import emit_ok, progress_bar
+    from vmgraft.cli.views import digest_document, show_digest
     from vmgraft.imagefmt.graft import open_image
     from vmgraft.imagefmt.tree import digest_content
     from vmgraft.inspect.report import state_warnings
 
+    opening = replace(opening, snapshot=snapshot, ciphertext=ciphertext)
     with open_image(image, opening) as opened, progress_bar("digest", quiet=quiet or as_json) as bar:
         result = digest_content(opened, flat=flat_digest, progress=bar)  # type: ignore[arg-type]  # a click.Choice
         warnings = state_warnings(opened)
-    flat = None if result.flat is None else result.flat.hex()
+    document = digest_document(result, opening, warnings)
     if as_json:
-        tree = {
-            "digest": result.tree_digest.hex(),
-            "rootHash": result.root_hash.hex(),
-            "blockSize": result.block_size,
-        }
-        emit_ok({"virtualSize": result.virtual_size, "tree": tree, "sha256": flat, "warnings": warnings})
-        return
-    click.echo(f"size         {result.virtual_size} ({human_size(result.virtual_size)})")
-    click.echo(f"tree digest  {result.tree_digest.hex()}")
-    click.echo(f"root hash    {result.root_hash.hex()}")
-    click.echo(f"sha256       {flat or 'not computed (--flat-digest always)'}")
-    show_warnings(warnings)
+        emit_ok(document)
+    else:
+        show_digest(document)
 
 
 @click.command(epilog="Example: vmgraft diff golden.raw suspect.qcow2")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,21 +10,21 @@ import click
 
 from vmgraft.cli.options import (
     DIRECTORY,
-    FILE,
-    flat_digest_option,
+    Signing,
     image_argument,
     json_option,
+    keys_option,
     opening_options,
-    passphrase_options,
     quiet_option,
+    signing_options,
 )
 
 if TYPE_CHECKING:
-    from vmgraft.vendor.graft import Attached
-    from vmgraft.vendor.pack import Package
-
-if TYPE_CHECKING:
+    from vmgraft.cli.keyring import Keys
     from vmgraft.imagefmt.contract import Opening
+    from vmgraft.vendor.edit import Edited, EditOptions
+    from vmgraft.vendor.graft import Attached, AttachOptions
+    from vmgraft.vendor.pack import Package
 
 
 @click.command(epilog="Example: vmgraft new ./my-clock --id com.acme.clock")
@@ -48,74 +47,122 @@ def new(folder: Path, extension_id: str | None, as_json: bool) -> None:
     click.echo(f"next: make -C {printable(shlex.quote(str(folder)))}    (needs clang and lld)")
 
 
-@click.command(epilog="Example: vmgraft attach disk.qcow2 ./clock --key acme.key")
+@click.command(
+    epilog="Example: vmgraft attach disk.qcow2 ./clock --key acme.key\n\n"
+    "Example: vmgraft attach disk.qcow2 ./clock-2 --key acme.key --replace"
+)
 @image_argument
 @click.argument("extensions", type=DIRECTORY, nargs=-1, required=True)
-@click.option("--key", "keys", multiple=True, required=True, help="Private key, path or file: URI; repeatable.")
-@click.option("-o", "--output", type=FILE, help="Write a grafted copy and leave IMAGE alone.")
-@click.option(
-    "--binding", type=click.Choice(["image", "any"]), default="image", show_default=True,
-    help="What is signed: good for this content only, or a portable extension.",
-)  # fmt: skip
-@click.option(
-    "--placement", type=click.Choice(["auto", "inline", "sidecar"]), default="auto", show_default=True,
-    help="In the file itself, or in IMAGE.vmgraft beside it; auto: inline where it fits.",
-)  # fmt: skip
-@flat_digest_option
-@click.option(
-    "--expires", type=click.DateTime(["%Y-%m-%dT%H:%M:%SZ", "%Y-%m-%d"]), help="End of validity, UTC (2027-11-22)."
-)
-@passphrase_options
+@keys_option(required=True)
+@click.option("--add", "mode", flag_value="add", help="Add to the extensions that IMAGE carries, behind them.")
+@click.option("--replace", "mode", flag_value="replace", help="As --add, but ids that are there get the new version.")
+@click.option("--allow-downgrade", is_flag=True, help="With --replace: let securityVersion and generation go down.")
+@signing_options
 @opening_options
 @quiet_option
 @json_option
 def attach(
     image: Path,
     extensions: tuple[Path, ...],
-    keys: tuple[str, ...],
-    output: Path | None,
-    binding: str,
-    placement: str,
-    flat_digest: str,
-    expires: datetime | None,
-    passphrase_file: Path | None,
-    passphrase_fd: int | None,
+    keys: Keys,
+    mode: str | None,
+    allow_downgrade: bool,
+    signing: Signing,
     opening: Opening,
     quiet: bool,
     as_json: bool,
 ) -> None:
     """Sign the extensions in EXTENSIONS (folders) and graft them into IMAGE.
 
-    The guest's content stays as it is. What was written is read back and verified before the command succeeds.
-    """
-    from datetime import UTC
+    The guest's content stays as it is. What was written is read back and verified before the command succeeds. The
+    order of the extensions is the order in which a host loads them.
 
-    from vmgraft.cli.output import emit_ok, orderly_end, progress_bar
-    from vmgraft.cli.passphrase import existing_passphrase
-    from vmgraft.imagefmt.contract import Placement
-    from vmgraft.signing.keyfiles import load_private
-    from vmgraft.vendor.graft import AttachOptions
-    from vmgraft.vendor.graft import attach as graft
+    --add and --replace change a graft that is there. One statement covers all extensions, so all are signed anew: the
+    old graft must be intact, and signed by one of the keys named with --key or --trust.
+    """
+    from vmgraft.cli.output import orderly_end, progress_bar
+    from vmgraft.errors import UsageError
+    from vmgraft.vendor import edit
+    from vmgraft.vendor import graft as grafting
     from vmgraft.vendor.pack import load_package
 
+    if mode is None and signing.trust:
+        raise UsageError(
+            "--trust says who signed the old graft", field="trust", hint="it goes with --add and --replace"
+        )
+    if allow_downgrade and mode != "replace":
+        raise UsageError("nothing is replaced", field="allow-downgrade", hint="it goes with --replace")
     packages = [load_package(folder) for folder in extensions]
-    source = existing_passphrase(passphrase_file, passphrase_fd)
-    options = AttachOptions(
-        output=output,
-        binding=binding,
-        placement=Placement(placement),
-        flat=flat_digest,  # type: ignore[arg-type]  # click.Choice has narrowed it
-        expires=expires.replace(tzinfo=UTC) if expires else None,
+    signers = keys.load()
+    if mode is None:
+        fresh = _attach_options(signing, opening)
+        with orderly_end(), progress_bar("digest", quiet=quiet or as_json) as progress:
+            done = grafting.attach(image, packages, signers, fresh, progress)
+        _report_attached(done, packages, opening, as_json)
+        return
+    options = _edit_options(signing, opening, allow_downgrade=allow_downgrade)
+    change = edit.add_extensions if mode == "add" else edit.replace_extensions
+    with orderly_end(), progress_bar("digest", quiet=quiet or as_json) as progress:
+        edited = change(image, packages, signers, options, progress)
+    _report_edited(edited, opening, as_json)
+
+
+def _attach_options(signing: Signing, opening: Opening) -> AttachOptions:
+    """Return how to attach, defaults filled in."""
+    from vmgraft.imagefmt.contract import Placement
+    from vmgraft.vendor.graft import AttachOptions
+
+    return AttachOptions(
+        output=signing.output,
+        binding=signing.binding or "image",
+        placement=Placement(signing.placement or "auto"),
+        flat=signing.flat_digest or "auto",
+        expires=signing.expires,
         opening=opening,
     )
-    signers = [load_private(key, source) for key in keys]
-    with orderly_end(), progress_bar("digest", quiet=quiet or as_json) as progress:
-        done = graft(image, packages, signers, options, progress)
+
+
+def _edit_options(signing: Signing, opening: Opening, *, allow_downgrade: bool = False) -> EditOptions:
+    """Return how to edit; what was not said stays as it is."""
+    from vmgraft.imagefmt.contract import Placement
+    from vmgraft.signing.keyfiles import load_public
+    from vmgraft.vendor.edit import EditOptions
+
+    return EditOptions(
+        output=signing.output,
+        trust=tuple(load_public(path) for path in signing.trust),
+        allow_downgrade=allow_downgrade,
+        placement=Placement(signing.placement) if signing.placement else None,
+        binding=signing.binding,
+        flat=signing.flat_digest,
+        expires=signing.expires,
+        opening=opening,
+    )
+
+
+def _report_attached(done: Attached, packages: Sequence[Package], opening: Opening, as_json: bool) -> None:
+    """Say what was attached."""
+    from vmgraft.cli.output import emit_ok
+
     if as_json:
         emit_ok(_attached_document(done, packages))
     else:
         _show_attached(done, packages)
         _raw_recipes(done.path, opening)
+
+
+def _report_edited(edited: Edited, opening: Opening, as_json: bool) -> None:
+    """Say what the image carries after an edit, and whose signatures are gone."""
+    from vmgraft.cli.output import emit_ok, printable
+
+    if as_json:
+        document = _attached_document(edited.attached, edited.extensions)
+        emit_ok({**document, "droppedSigners": list(edited.dropped_signers)})
+        return
+    _show_attached(edited.attached, edited.extensions)
+    for keyid in edited.dropped_signers:
+        click.echo(f"gone      the signature of {printable(keyid)}: it was over the old statement")
+    _raw_recipes(edited.attached.path, opening)
 
 
 def _attached_document(done: Attached, packages: Sequence[Package]) -> dict[str, Any]:
@@ -162,26 +209,65 @@ def _raw_recipes(path: Path, opening: Opening) -> None:
             click.echo(f"  {name:8} {printable(recipe)}")
 
 
-@click.command(epilog="Example: vmgraft detach disk.qcow2")
+@click.command(
+    epilog="Example: vmgraft detach disk.qcow2\n\n"
+    "Example: vmgraft detach disk.qcow2 com.acme.clock --key acme.key"
+)  # fmt: skip
 @image_argument
 @click.argument("ids", nargs=-1)
-@click.option("-o", "--output", type=FILE, help="Write the original here and leave IMAGE alone.")
+@keys_option(required=False)
+@signing_options
 @opening_options
+@quiet_option
 @json_option
-def detach(image: Path, ids: tuple[str, ...], output: Path | None, opening: Opening, as_json: bool) -> None:
+def detach(
+    image: Path,
+    ids: tuple[str, ...],
+    keys: Keys,
+    signing: Signing,
+    opening: Opening,
+    quiet: bool,
+    as_json: bool,
+) -> None:
     """Take the graft away; the file is byte for byte what it was before.
 
-    IDs, if given, must name all extensions of the image: taking away some of them would need a new signature.
+    With IDS, only these extensions go. The others stay and are signed anew with --key, as with `attach --add`, since
+    one statement covers all; if IDS are all there are, the graft is taken away.
     """
-    from vmgraft.cli.output import emit_ok, orderly_end, printable
-    from vmgraft.vendor.graft import check_detach_ids
-    from vmgraft.vendor.graft import detach as take_away
+    from vmgraft.cli.output import emit_ok, orderly_end, printable, progress_bar
+    from vmgraft.vendor import edit
+    from vmgraft.vendor import graft as grafting
 
+    if ids and keys and set(ids) != set(edit.carried_ids(image, opening)):
+        signers, options = keys.load(), _edit_options(signing, opening)
+        with orderly_end(), progress_bar("digest", quiet=quiet or as_json) as progress:
+            edited = edit.remove_extensions(image, ids, signers, options, progress)
+        _report_edited(edited, opening, as_json)
+        return
     if ids:
-        check_detach_ids(image, ids, opening)
+        grafting.check_detach_ids(image, ids, opening)
+    _refuse_signing(signing, named=bool(keys) and not ids)
     with orderly_end():
-        path = take_away(image, output=output, opening=opening)
+        path = grafting.detach(image, output=signing.output, opening=opening)
     if as_json:
         emit_ok({"image": str(path)})
         return
     click.echo(f"detached  {printable(str(path))}")
+
+
+def _refuse_signing(signing: Signing, *, named: bool) -> None:
+    """Refuse options that speak of a new statement where none is made: were ids forgotten?"""
+    from vmgraft.errors import UsageError
+
+    if named:
+        raise UsageError(
+            "a key signs the extensions that stay, and none would",
+            field="key",
+            hint="name the ids that are to go, or leave out --key to take all away",
+        )
+    given = (signing.binding, signing.placement, signing.flat_digest, signing.expires, signing.trust or None)
+    if any(value is not None for value in given):
+        raise UsageError(
+            "nothing is signed when the whole graft is taken away",
+            hint="--binding, --placement, --flat-digest, --expires and --trust go with IDS and --key",
+        )

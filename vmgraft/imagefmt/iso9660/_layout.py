@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from construct import Bytes, Const, Int8ul, Int16ub, Int16ul, Int32ub, Int32ul, Padding, Struct
+from construct import Bytes, Const, Int8ul, Int16ub, Int16ul, Int32ub, Int32ul, Int64ul, Padding, Struct
 
 from vmgraft.imagefmt._layout import LOCATOR_SIZE
 
@@ -15,13 +15,20 @@ FIRST_DESCRIPTOR = 16
 #: A descriptor set longer than this is refused; real ones have fewer than ten.
 MAX_DESCRIPTORS = 64
 
+#: A volume is longer than its system area and the shortest descriptor set, in bytes.
+MIN_VOLUME = (FIRST_DESCRIPTOR + 2) * SECTOR_SIZE
+
 # ECMA-119, 8.1.1: volume descriptor types.
 TYPE_BOOT = 0
 TYPE_PRIMARY = 1
 TYPE_SUPPLEMENTARY = 2
+TYPE_PARTITION = 3
 TYPE_TERMINATOR = 255
 
 DESCRIPTOR_HEADER = Struct("type" / Int8ul, "identifier" / Const(b"CD001"), "version" / Int8ul)
+
+#: How a primary volume descriptor begins; it is what a session has in its 16th sector.
+DESCRIPTOR_MARK = b"\x01CD001\x01"
 
 #: ECMA-119, 8.4: primary volume descriptor, up to the fields we use. "lm" numbers are recorded in both byte orders.
 PRIMARY_DESCRIPTOR = Struct(
@@ -72,8 +79,9 @@ EL_TORITO_CATALOG_OFFSET = 71
 
 #: El Torito 1.0, figures 2 to 5.
 CATALOG_ENTRY_SIZE = 32
-MAX_CATALOG_ENTRIES = SECTOR_SIZE // CATALOG_ENTRY_SIZE
-VALIDATION_ENTRY = Struct("header" / Int8ul, "platform" / Int8ul, Padding(28), "key" / Const(b"\x55\xaa"))
+VALIDATION_ENTRY = Struct(
+    "header" / Int8ul, "platform" / Int8ul, Padding(2), "id" / Bytes(24), Padding(2), "key" / Const(b"\x55\xaa")
+)
 BOOT_ENTRY = Struct(
     "indicator" / Int8ul,
     "media" / Int8ul,
@@ -83,12 +91,37 @@ BOOT_ENTRY = Struct(
     "count" / Int16ul,
     "lba" / Int32ul,
 )
-SECTION_HEADER = Struct("indicator" / Int8ul, "platform" / Int8ul, "count" / Int16ul)
+SECTION_HEADER = Struct("indicator" / Int8ul, "platform" / Int8ul, "count" / Int16ul, "id" / Bytes(28))
+
+#: mkisofs(8), -boot-info-table: at byte 8 of a boot image, the sector of the primary descriptor and that of the image.
+BOOT_INFO_OFFSET = 8
+BOOT_INFO = Struct("descriptor" / Int32ul, "image" / Int32ul)
+#: GRUB 2, "grub-mkrescue": at byte 2548 of its boot image, where it goes on, in sectors of 512 bytes.
+GRUB_INFO_OFFSET = 2548
+GRUB_INFO = Struct("sector" / Int64ul)
+
+#: IEEE P1281 (SUSP), 5.3: the SP entry that opens the system use area of the root's first record.
+SUSP_MARK = b"SP\x07\x01\xbe\xef"
+#: ECMA-119, 9.1: bytes of a directory record before its identifier.
+DIRECTORY_RECORD = 33
+#: SUSP, 5.1: a continuation area's block, offset and length, in both byte orders; we read the little-endian ones.
+SUSP_CONTINUATION = Struct(
+    Padding(4), "block" / Int32ul, Padding(4), "offset" / Int32ul, Padding(4), "length" / Int32ul, Padding(4)
+)
+#: How many continuation areas are followed, and how many bytes of each are read.
+MAX_CONTINUATIONS = 4
+
+#: Sessions begin on such boundaries: 16 blocks is what libburnia and mkisofs align to on files, 32 on DVD and BD.
+SESSION_ALIGNMENTS = (16, 32)
+#: Where xorriso keeps a copy of the first session's descriptors on overwritable media, in sectors.
+FIRST_SESSION_COPY = 32
+MAX_SESSIONS = 100
 
 # --- the graft -----------------------------------------------------------------------------------------------------
 
 #: ECMA-119, 8.4.32: "application use" is bytes 883 to 1394 of the descriptor; the last quarter of it holds the locator.
-LOCATOR_OFFSET = FIRST_DESCRIPTOR * SECTOR_SIZE + 883 + 384
+APPLICATION_USE_OFFSET = FIRST_DESCRIPTOR * SECTOR_SIZE + 883
+LOCATOR_OFFSET = APPLICATION_USE_OFFSET + 384
 #: Fillings of the field that count as unused.
 BLANKS = (bytes(LOCATOR_SIZE), b" " * LOCATOR_SIZE)
 #: Name of the undo fact that holds the PVD's volume space size, in logical blocks.

@@ -20,8 +20,8 @@ class VolumeDescriptors:
     Attributes:
         volume_space_size: Length of the volume in logical blocks of 2048 bytes.
         boot_catalog: Sector of the El Torito boot catalogue, or None.
-        joliet: Whether a supplementary descriptor with a Joliet escape sequence is there.
-        count: Number of descriptors, terminator included.
+        joliet_level: Level of the first supplementary descriptor with a Joliet escape sequence, 1 to 3, or None.
+        kinds: What the descriptors are, in order, terminator included.
         texts: System, volume, set, publisher, preparer and application identifiers, padding removed.
         root_sector: First sector of the root directory.
         created: Creation date and time as ``YYYYMMDDhhmmss`` digits, or an empty string.
@@ -29,16 +29,30 @@ class VolumeDescriptors:
 
     volume_space_size: int
     boot_catalog: int | None
-    joliet: bool
-    count: int
+    joliet_level: int | None
+    kinds: tuple[str, ...]
     texts: dict[str, str]
     root_sector: int
     created: str
 
+    @property
+    def size(self) -> int:
+        """Length of the volume in bytes."""
+        return self.volume_space_size * layout.SECTOR_SIZE
+
 
 #: Joliet Specification, "SVD Escape Sequences field": UCS-2 levels 1 to 3, at byte 88 of the descriptor.
-_JOLIET_ESCAPES = (b"%/@", b"%/C", b"%/E")
+_JOLIET_LEVELS = {b"%/@": 1, b"%/C": 2, b"%/E": 3}
 _JOLIET_OFFSET = 88
+#: ECMA-119 (4th edition), 8.5.1: version 2 makes a supplementary descriptor an enhanced one, "ISO 9660:1999", level 4.
+_ENHANCED = 2
+_KINDS = {
+    layout.TYPE_BOOT: "boot",
+    layout.TYPE_PRIMARY: "primary",
+    layout.TYPE_SUPPLEMENTARY: "supplementary",
+    layout.TYPE_PARTITION: "partition",
+    layout.TYPE_TERMINATOR: "terminator",
+}
 _TEXT_FIELDS = ("system_id", "volume_id", "volume_set_id", "publisher_id", "preparer_id", "application_id")
 
 
@@ -50,11 +64,13 @@ def read_descriptors(file: FlatFile) -> VolumeDescriptors:
     """
     primary: Container[Any] | None = None
     boot_catalog: int | None = None
-    joliet = False
+    joliet: int | None = None
+    kinds: list[str] = []
     for index in range(layout.MAX_DESCRIPTORS):
         offset = (layout.FIRST_DESCRIPTOR + index) * layout.SECTOR_SIZE
         data = file.read(offset, layout.SECTOR_SIZE)
         header = _header(file, data, offset, index)
+        kinds.append(_kind(header, data))
         if header.type == layout.TYPE_TERMINATOR:
             break
         if header.type == layout.TYPE_PRIMARY:
@@ -65,7 +81,8 @@ def read_descriptors(file: FlatFile) -> VolumeDescriptors:
             start = layout.EL_TORITO_CATALOG_OFFSET
             boot_catalog = int.from_bytes(data[start : start + 4], "little") if boot_catalog is None else boot_catalog
         elif header.type == layout.TYPE_SUPPLEMENTARY:
-            joliet = joliet or data.startswith(_JOLIET_ESCAPES, _JOLIET_OFFSET)
+            level = _JOLIET_LEVELS.get(data[_JOLIET_OFFSET : _JOLIET_OFFSET + 3])
+            joliet = level if joliet is None else joliet
     else:
         raise _malformed(file, f"no terminator within {layout.MAX_DESCRIPTORS} volume descriptors", offset, "type")
     if primary is None:
@@ -73,8 +90,8 @@ def read_descriptors(file: FlatFile) -> VolumeDescriptors:
     return VolumeDescriptors(
         volume_space_size=primary.volume_space_size,
         boot_catalog=boot_catalog,
-        joliet=joliet,
-        count=index + 1,
+        joliet_level=joliet,
+        kinds=tuple(kinds),
         texts={name: _text(primary[name]) for name in _TEXT_FIELDS},
         root_sector=int.from_bytes(primary.root_record[2:6], "little"),
         created=_digits(primary.creation_date),
@@ -89,6 +106,17 @@ def _header(file: FlatFile, data: bytes, offset: int, index: int) -> Container[A
     if index == 0 and header.type != layout.TYPE_PRIMARY:
         raise _malformed(file, f"the first volume descriptor has type {header.type}, not 1", offset, "type")
     return header
+
+
+def _kind(header: Container[Any], data: bytes) -> str:
+    """Return what a descriptor is, in words."""
+    if header.type == layout.TYPE_BOOT and data.startswith(layout.EL_TORITO_ID, layout.EL_TORITO_ID_OFFSET):
+        return "el-torito"
+    if header.type == layout.TYPE_SUPPLEMENTARY and header.version == _ENHANCED:
+        return "enhanced"
+    if header.type == layout.TYPE_SUPPLEMENTARY and data[_JOLIET_OFFSET : _JOLIET_OFFSET + 3] in _JOLIET_LEVELS:
+        return "joliet"
+    return _KINDS.get(header.type, f"type-{header.type}")
 
 
 def _primary(file: FlatFile, data: bytes, offset: int) -> Container[Any]:
@@ -111,7 +139,11 @@ def _primary(file: FlatFile, data: bytes, offset: int) -> Container[Any]:
             f"the volume of {primary.volume_space_size * layout.SECTOR_SIZE} bytes is larger than the file"
             f" of {file.size} bytes"
         )
-        raise _malformed(file, message, offset, "volume_space_size", "the image was cut off: get a complete copy")
+        root = int.from_bytes(primary.root_record[2:6], "little") * layout.SECTOR_SIZE
+        hint = "the image was cut off: get a complete copy"
+        if root >= file.size:
+            hint = "this is a later session of a disc without the ones before it: get a copy of the whole disc"
+        raise _malformed(file, message, offset, "volume_space_size", hint)
     return primary
 
 

@@ -3,20 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
 from vmgraft.imagefmt._layout import LOCATOR_SIZE, MAX_RECORD_SIZE
-from vmgraft.imagefmt.contract import Extent, Image, Located, OpenOptions, Placement, RecordBuilder, Room, Undo
-from vmgraft.imagefmt.flatfile import FlatFile
+from vmgraft.imagefmt.contract import (
+    Extent,
+    GraftState,
+    Located,
+    OpenOptions,
+    Patch,
+    Placement,
+    RecordBuilder,
+    Room,
+    Undo,
+)
+from vmgraft.imagefmt.flatfile import FlatFile, FlatImage
 from vmgraft.imagefmt.iso9660 import _layout as layout
 from vmgraft.imagefmt.iso9660.descriptors import read_descriptors
 from vmgraft.imagefmt.iso9660.facts import volume_facts
 from vmgraft.imagefmt.iso9660.locate import find_graft
+from vmgraft.imagefmt.iso9660.reattach import reattach_iso
 from vmgraft.imagefmt.iso9660.writer import attach_iso, detach_iso
+from vmgraft.imagefmt.locator import pack_locator
 
 
-class IsoImage(Image):
+class IsoImage(FlatImage):
     """An open ISO image; see :class:`vmgraft.imagefmt.contract.Image`.
 
     Raises:
@@ -42,13 +55,6 @@ class IsoImage(Image):
         self._found = find_graft(self._file, self._volume.volume_space_size, self._volume.root_sector)
         self.virtual_size = self._found.content_size
 
-    def read(self, offset: int, length: int) -> bytes:
-        """Return content of the original file; short only at its end."""
-        length = max(0, min(length, self.virtual_size - offset))
-        buffer = bytearray(length)
-        count = self.readinto(offset, memoryview(buffer))
-        return bytes(buffer[:count])
-
     def readinto(self, offset: int, buffer: memoryview) -> int:
         """Fill ``buffer`` with content, the locator in the volume descriptor replaced by what stood there before."""
         length = max(0, min(len(buffer), self.virtual_size - offset))
@@ -71,7 +77,7 @@ class IsoImage(Image):
         return {
             "fileSize": self._file.size,
             "contentSize": self.virtual_size,
-            **volume_facts(self._file, self._volume),
+            **volume_facts(self._file, self._volume, self.virtual_size),
         }
 
     def locate(self) -> Located:
@@ -97,9 +103,37 @@ class IsoImage(Image):
         self._refresh()
 
     def recovery_undo(self) -> Undo | None:
-        """Return the undo that was found while looking for the graft."""
-        return self._found.undo
+        """Return the undo that was found while looking for the graft, or the one that the content's digest proves.
 
-    def close(self) -> None:
-        """Close the file and give up its locks."""
-        self._file.close()
+        Where the record was cut off, only the 128 bytes of the descriptor are in doubt, and they were of two kinds: the
+        right one gives the digest in the locator. The content is read for that.
+
+        Raises:
+            FileError: when the content cannot be read.
+        """
+        locator = self._found.located.locator
+        if self._found.undo is not None or locator is None or self._found.located.state is not GraftState.CUT:
+            return self._found.undo
+        if self._file.size < locator.file_size or self._found.field != pack_locator(locator):
+            return None
+        from vmgraft.imagefmt.tree import digest_content
+
+        as_found = self._found
+        facts = {layout.FACT_VOLUME_SIZE: self._volume.volume_space_size}
+        for blank in layout.BLANKS:
+            undo = Undo(locator.file_size, (Patch(layout.LOCATOR_OFFSET, blank),), facts)
+            self._found = replace(as_found, undo=undo)
+            if digest_content(self, flat="never").tree_digest == locator.tree_digest:
+                return undo
+        self._found = as_found
+        return None
+
+    def reattach(self, located: Located) -> None:
+        """Write locator and footer of a whole record again, and cut off zeros that pad the file.
+
+        Raises:
+            GraftFormatError: when the record is not whole.
+            UnsupportedError: when the image is not the grafted one any more, or bytes of somebody else are in the way.
+        """
+        reattach_iso(self._file, found=self._found, volume_space_size=self._volume.volume_space_size)
+        self._refresh()

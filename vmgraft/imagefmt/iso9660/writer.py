@@ -17,7 +17,7 @@ from vmgraft.imagefmt.contract import GraftState, Locator, Patch, Placement, Rec
 from vmgraft.imagefmt.flatfile import FlatFile
 from vmgraft.imagefmt.iso9660 import _layout as layout
 from vmgraft.imagefmt.iso9660._layout import Appendix
-from vmgraft.imagefmt.iso9660.locate import Found
+from vmgraft.imagefmt.iso9660.assess import Found
 from vmgraft.imagefmt.locator import pack_locator
 from vmgraft.imagefmt.sidecar import remove_sidecar, write_sidecar
 
@@ -46,6 +46,8 @@ def attach_iso(
     patches = (Patch(layout.LOCATOR_OFFSET, found.field),) if found.field in layout.BLANKS else ()
     if file.is_block_device and not patches:
         raise NoRoomError("the volume descriptor has no room for a locator", file=file.path)
+    if placement is Placement.AUTO:
+        file.check_sidecar_lasts()
     record = build(Undo(file_size=size, patches=patches, facts={layout.FACT_VOLUME_SIZE: volume_space_size}))
     if placement is Placement.SIDECAR or file.is_block_device:
         locator = Locator(Placement.SIDECAR, 0, record.size, record.sha256, tree_digest, size)

@@ -18,6 +18,6 @@ def _open(path: Path, options: OpenOptions) -> Image:
 
 
 #: The registry's row.
-FORMAT = Format("qcow2", _probe, _open)
+FORMAT = Format("qcow2", _probe, _open, snapshots=True, ciphertext=True)
 
 __all__ = ["FORMAT"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from typing import Any, Final
 
 from construct import Bytes, Const, Int8ub, Int32ub, Int64ub, Struct
@@ -123,6 +124,14 @@ L2_RESERVED: Final = 0x3F00_0000_0000_01FE
 SUBCLUSTERS: Final = 32
 COMPRESSED_SECTOR: Final = 512
 
+# --- snapshots (spec, "Snapshots") ----------------------------------------------------------------------------------
+
+#: l1_table_offset, l1_size, id_str_size, name_size, date_sec, date_nsec, vm_clock_nsec, vm_state_size,
+#: extra_data_size. A plain struct: there may be 65,536 of them.
+SNAPSHOT_ENTRY: Final = struct.Struct(">QIHHIIQII")
+#: The known extra data: vm_state_size in 64 bits, virtual disk size.
+SNAPSHOT_EXTRA: Final = struct.Struct(">QQ")
+
 # --- limits --------------------------------------------------------------------------------------------------------
 
 MIN_CLUSTER_BITS: Final = 9  # spec, "cluster_bits"
@@ -131,10 +140,19 @@ MIN_EXTENDED_L2_BITS: Final = 14  # spec, "Extended L2 Entries": a subcluster ho
 MAX_L1_BYTES: Final = 32 << 20  # QEMU block/qcow2.h, QCOW_MAX_L1_SIZE
 MAX_REFTABLE_BYTES: Final = 8 << 20  # QEMU block/qcow2.h, QCOW_MAX_REFTABLE_SIZE
 MAX_SNAPSHOTS: Final = 65536  # QEMU block/qcow2.h, QCOW_MAX_SNAPSHOTS
+#: Bytes of the snapshot table. QEMU allows 64 MiB (block/qcow2.h, QCOW_MAX_SNAPSHOTS_SIZE); that needs names of 1 KB.
+MAX_SNAPSHOT_TABLE: Final = 16 << 20
+MAX_SNAPSHOT_EXTRA: Final = 1024  # QEMU block/qcow2.h, QCOW_MAX_SNAPSHOT_EXTRA_DATA
 MAX_REFCOUNT_ORDER: Final = 6  # spec, "refcount_order"
 MAX_BACKING_NAME: Final = 1023  # spec, "backing_file_size"
 MAX_EXTENSIONS: Final = 64
 MAX_SIZE: Final = (1 << 63) - 1
 MAX_DEFLATE_RATIO: Final = 1032  # zlib.net, "zlib Technical Details", maximum compression factor
-MIN_ZSTD_FRAME: Final = 9  # RFC 8878, 3.1.1: magic 4, frame header 2, block header 3
+MIN_ZSTD_FRAME: Final = 6  # RFC 8878, 3.1.1: magic 4, frame header 2
+MIN_ZSTD_BLOCK: Final = 4  # RFC 8878, 3.1.1.2: block header 3, the repeated byte of an RLE block 1
+MAX_ZSTD_BLOCK: Final = 128 << 10  # RFC 8878, 3.1.1.2.4: bytes that one block yields at most
+#: Deduplicated images map a cluster several times, bombs do so without end: as many bytes of guest data may be mapped
+#: as this many times the file, and some more.
+MAX_SHARING: Final = 16
+SHARING_ALLOWANCE: Final = 256 << 20
 SECTOR: Final = 512

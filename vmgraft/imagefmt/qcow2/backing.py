@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vmgraft.errors import FileError, MalformedImageError, UnsupportedError
-from vmgraft.imagefmt.contract import Extent, GraftState, Image
+from vmgraft.imagefmt.contract import Extent, GraftState, Image, OpenOptions
 from vmgraft.imagefmt.flatfile import FlatFile
 from vmgraft.imagefmt.qcow2 import _layout as lay
 
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 MAX_DEPTH = 64
 #: QEMU reads everything up to a colon as a protocol, unless a slash comes first (block.c, path_has_protocol).
 _PROTOCOL = re.compile(r"[^/]*:")
+#: QEMU's name of a format driver → the registry's.
+_FORMATS = {"raw": "raw", "qcow2": "qcow2", "vmdk": "vmdk", "vdi": "vdi", "vhdx": "vhdx", "vpc": "vhd"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,11 +32,13 @@ class Chain:
         root: The folder they must lie in, resolved.
         named: Whether the user named that folder; only then may names be absolute.
         seen: (device, inode) of the images above.
+        tables: Bytes of the L1 tables of the images above, all of which are in memory at once.
     """
 
     root: Path
     named: bool
     seen: tuple[tuple[int, int], ...] = ()
+    tables: int = 0
 
     @classmethod
     def start(cls, image: Path, root: Path | None) -> Chain:
@@ -56,6 +60,18 @@ class Chain:
             message = f"the backing chain is deeper than {MAX_DEPTH} files"
             raise MalformedImageError(message, file=file, field="backing_file_name")
         return replace(self, seen=(*self.seen, identity))
+
+    def with_tables(self, size: int, file: Path) -> Chain:
+        """Return the chain with an L1 table of ``size`` bytes in ``file`` counted.
+
+        Raises:
+            UnsupportedError: the tables of the chain are longer than that of a single image may be.
+        """
+        if self.tables + size > lay.MAX_L1_BYTES:
+            message = f"the L1 tables of the backing chain take {self.tables + size} bytes or more"
+            hint = f"at most {lay.MAX_L1_BYTES} are read: shorten the chain with `qemu-img commit` or `rebase`"
+            raise UnsupportedError(message, file=file, offset=lay.FIELD_OFFSET["l1_size"], field="l1_size", hint=hint)
+        return replace(self, tables=self.tables + size)
 
 
 def open_named(name: bytes, referrer: Path, chain: Chain, *, field: str, offset: int) -> FlatFile:
@@ -103,17 +119,19 @@ def _open_regular(target: Path) -> FlatFile:
 
 
 def backing_format(header: Header, head: bytes, referrer: Path) -> str:
-    """Return ``raw`` or ``qcow2``: what the image says its backing file is, else what the file plainly is.
+    """Return the registry's name of a format: what the image says its backing file is, else what the file plainly is.
 
     Raises:
         UnsupportedError: the format is another one, or cannot be known. Guessing "raw" would let a guest that writes a
             qcow2 header into its raw disk read the host's files.
     """
+    from vmgraft.imagefmt.registry import format_names
+
     ext = header.find(lay.EXT_BACKING_FORMAT)
     if ext is not None and ext.length:
-        name = header.data(ext).decode("ascii", "replace")
-        if name in ("raw", "qcow2"):
-            return name
+        name = header.data(ext).decode("ascii", "backslashreplace")
+        if _FORMATS.get(name) in format_names():
+            return _FORMATS[name]
         message, offset = f"backing files of format {name!r} are not supported", ext.data_offset
         raise UnsupportedError(message, file=referrer, offset=offset, field="backing_format")
     if head.startswith(lay.MAGIC):
@@ -124,6 +142,23 @@ def backing_format(header: Header, head: bytes, referrer: Path) -> str:
         field="backing_format",
         hint="record it: `qemu-img rebase -u -b NAME -F raw IMAGE`",
     )
+
+
+def open_other(file: FlatFile, name: str, chain: Chain) -> Image:
+    """Open a backing file of a format that is neither raw nor qcow2, and close ``file``.
+
+    Raises:
+        FileError: it cannot be opened in that format, or was replaced meanwhile.
+    """
+    from vmgraft.imagefmt.registry import get_format
+
+    image = get_format(name).open(file.path, OpenOptions(root=chain.root if chain.named else None))
+    checked, now = os.fstat(file.fd), file.path.stat()
+    if (checked.st_dev, checked.st_ino) != (now.st_dev, now.st_ino):
+        image.close()
+        raise FileError("was replaced while it was being opened", file=file.path)
+    file.close()
+    return image
 
 
 class RawBacking:

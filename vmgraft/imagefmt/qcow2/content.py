@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import chain as join
 
 from vmgraft.imagefmt.contract import Extent, Kind
 from vmgraft.imagefmt.qcow2.backing import Backing
 from vmgraft.imagefmt.qcow2.compressed import CompressedReader
 from vmgraft.imagefmt.qcow2.header import Header
+from vmgraft.imagefmt.qcow2.runs import Run, RunKind
 from vmgraft.imagefmt.qcow2.source import Source, clear
-from vmgraft.imagefmt.qcow2.tables import ClusterMap, Run, RunKind
+from vmgraft.imagefmt.qcow2.tables import ClusterMap
 
 _KINDS = {RunKind.DATA: Kind.DATA, RunKind.COMPRESSED: Kind.DATA, RunKind.ZERO: Kind.ZERO, RunKind.HOLE: Kind.HOLE}
 
@@ -22,13 +23,14 @@ class Content:
         source: The image file.
         header: Its header.
         data: The file with the clusters, ``source`` unless there is an external data file.
+        tables: (offset, length) of further metadata that no content may stand in.
     """
 
-    def __init__(self, source: Source, header: Header, data: Source) -> None:
+    def __init__(self, source: Source, header: Header, data: Source, tables: Sequence[tuple[int, int]] = ()) -> None:
         self._data = data
         self._size = header.size
         self._cluster = header.cluster_size
-        self._map = ClusterMap(source, header, data)
+        self._map = ClusterMap(source, header, data, tables)
         self._compressed = CompressedReader(source, header)
         #: What holes show; set once, before the first read.
         self.backing: Backing | None = None
@@ -58,7 +60,7 @@ class Content:
 
     def extents(self) -> Iterator[Extent]:
         """Yield the runs of the whole disk, backing file included, neighbours of one kind joined."""
-        own = (Extent(r.start, r.length, _KINDS[r.kind]) for r in self._map.walk())
+        own = (Extent(start, length, _KINDS[kind]) for start, length, kind in self._map.walk())
         return _joined(own if self.backing is None else _through(own, self.backing))
 
 

@@ -12,9 +12,9 @@ from vmgraft.imagefmt.locator import LOCATOR_SIZE, parse_locator
 from vmgraft.imagefmt.locator import MAGIC as LOCATOR_MAGIC
 from vmgraft.imagefmt.qcow2 import _layout as lay
 from vmgraft.imagefmt.qcow2.header import Extension, Header
-from vmgraft.imagefmt.qcow2.note import Phase, find_note, parse_spill
+from vmgraft.imagefmt.qcow2.note import Phase, find_bytes, find_note, parse_spill
 from vmgraft.imagefmt.qcow2.plan import PREFIX_SIZE, RECORD_AT
-from vmgraft.imagefmt.sidecar import locate_sidecar, stray_sidecar
+from vmgraft.imagefmt.sidecar import Sidecar, locate_sidecar, stray_sidecar
 
 _INTERRUPTED = "an attach or detach was interrupted; the next one cleans up behind it"
 
@@ -38,21 +38,41 @@ def locate(header: Header, image: Path) -> Located:
     ext = header.find(lay.EXT_GRAFT)
     if ext is not None:
         return _from_extension(header, ext, image)
-    if interrupted(header):
+    changing = interrupted(header)
+    if changing and (_owns_sidecar(header) or stray_sidecar(image) is None):
         return Located(GraftState.NONE, _INTERRUPTED)
-    at = find_orphan(header, str(image))
+    at = None if changing else find_orphan(header, str(image))
     if at is None:
         side = stray_sidecar(image)
-        if side is None:
-            return Located(GraftState.NONE)
-        detail = f"nothing in the image points to the sidecar {side.path.name}"
-        return Located(GraftState.ORPHANED, detail, side.locator, None, side.record)
+        return Located(GraftState.NONE) if side is None else _stray(side)
     locator = parse_locator(header.first_cluster[at : at + LOCATOR_SIZE], file=image, offset=at)
     found = _record(header, locator, at, header.cluster_size, image)
     detail = "a foreign writer dropped the header extension"
     if found.state is not GraftState.OK:
+        side = stray_sidecar(image)
+        if side is not None and side.record is not None and side.record.sha256 == locator.record_sha256:
+            return _stray(side)  # the leftovers were being wiped when their recovery was interrupted
         detail = f"{detail}, and {found.detail}"
     return Located(GraftState.ORPHANED, detail, locator, at, found.record)
+
+
+def _stray(side: Sidecar) -> Located:
+    detail = f"nothing in the image points to the sidecar {side.path.name}"
+    return Located(GraftState.ORPHANED, detail, side.locator, None, side.record)
+
+
+def _owns_sidecar(header: Header) -> bool:
+    """Return whether the change that was interrupted wrote the sidecar itself, so that cleaning up removes it."""
+    note = find_note(header, header.end_offset)
+    return note is None or note.sidecar
+
+
+def extension_locator(header: Header, ext: Extension) -> Locator | None:
+    """Return the locator in the graft's extension, or None where it is not sound."""
+    try:
+        return parse_locator(header.data(ext)[PREFIX_SIZE:RECORD_AT], file=None, offset=ext.data_offset)
+    except GraftFormatError:
+        return None
 
 
 def undo_from_note(header: Header, file_size: int, file: str) -> Undo | None:
@@ -72,7 +92,7 @@ def undo_from_note(header: Header, file_size: int, file: str) -> Undo | None:
 def find_orphan(header: Header, file: str) -> int | None:
     """Return the offset of a sound locator behind the extensions, or None."""
     data = header.first_cluster
-    at = data.find(LOCATOR_MAGIC, header.end_offset)
+    at = find_bytes(data, LOCATOR_MAGIC, header.end_offset)
     while at >= 0:
         if at % 8 == 0 and len(data) - at >= LOCATOR_SIZE:
             try:

@@ -47,6 +47,7 @@ class Header:
     """A qcow2 header that passed every check; offsets and sizes in bytes unless said otherwise.
 
     Attributes:
+        size: Bytes of guest content. Whole sectors: QEMU shows no part of one (block/qcow2.c, ``total_sectors``).
         l1_size: Entries of the L1 table.
         refcount_bits: Width of a refcount.
         header_length: 72 in version 2.
@@ -151,16 +152,8 @@ class _Parser:
         if self.file_size < 1 << bits:
             self.bad("cluster_bits", f"the file ({self.file_size} bytes) is shorter than one cluster ({1 << bits})")
         size = raw["size"]
-        if size == 0 or size > lay.MAX_SIZE:
-            self.bad("size", f"virtual size {size} is not within 1..2^63-1")
-        if size % lay.SECTOR:
-            raise UnsupportedError(
-                f"virtual size {size} is not a multiple of 512; readers disagree about what the guest sees",
-                file=self.file,
-                offset=lay.FIELD_OFFSET["size"],
-                field="size",
-                hint="resize it to whole sectors with `qemu-img resize`",
-            )
+        if not lay.SECTOR <= size <= lay.MAX_SIZE:
+            self.bad("size", f"virtual size {size} is not within {lay.SECTOR}..2^63-1")
         if raw["crypt_method"] >= len(lay.CRYPT_NAMES):
             self.bad("crypt_method", f"unknown encryption method {raw['crypt_method']}")
         if raw["refcount_order"] > lay.MAX_REFCOUNT_ORDER:
@@ -313,10 +306,11 @@ def parse_header(data: bytes, file_size: int, *, file: str) -> Header:
     parser.check_features(names)
     parser.check_tables()
     raw = parser.raw
-    copied = ("version", "backing_file_offset", "backing_file_size", "cluster_bits", "size", "crypt_method", "l1_size")
+    copied = ("version", "backing_file_offset", "backing_file_size", "cluster_bits", "crypt_method", "l1_size")
     more = ("l1_table_offset", "refcount_table_offset", "refcount_table_clusters", "nb_snapshots", "snapshots_offset")
     return Header(
         **{key: raw[key] for key in (*copied, *more, "header_length")},
+        size=raw["size"] // lay.SECTOR * lay.SECTOR,
         incompatible=raw["incompatible_features"],
         compatible=raw["compatible_features"],
         autoclear=raw["autoclear_features"],

@@ -120,6 +120,12 @@ def with_spill(note: Note, patches: tuple[Patch, ...], offset: int) -> Note:
     return replace(note, spill=spill, spill_size=len(spill), spill_offset=offset, spill_sha256=digest)
 
 
+def find_bytes(data: bytes, magic: bytes, start: int) -> int:
+    """Do what ``data.find(magic, start)`` does, many times as fast where only zeros follow (clusters of 2 MiB)."""
+    first = data.find(magic[:1], start)
+    return -1 if first < 0 else data.find(magic, first)
+
+
 def find_note(header: Header, end_offset: int | None = None) -> Note | None:
     """Return the sound note in the first cluster that speaks of an end mark at ``end_offset`` (or anywhere), or None.
 
@@ -133,7 +139,7 @@ def find_note(header: Header, end_offset: int | None = None) -> Note | None:
 
 def _notes(header: Header, end_offset: int | None) -> Iterator[Note]:
     data = header.first_cluster
-    at = data.find(MAGIC, header.header_length if end_offset is None else end_offset)
+    at = find_bytes(data, MAGIC, header.header_length if end_offset is None else end_offset)
     while at >= 0:
         piece = data[at : at + NOTE_SIZE]
         if at % 8 == 0 and len(piece) == NOTE_SIZE and sha256(piece[:-8]).digest()[:8] == piece[-8:]:

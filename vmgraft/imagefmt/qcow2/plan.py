@@ -108,8 +108,15 @@ def check_attachable(header: Header, file: str) -> None:
 
     Raises:
         UnsupportedError: the chain of extensions has no end mark that could be replaced.
-        NoRoomError: too much of something else stands behind the extensions.
+        NoRoomError: there are as many extensions as a reader accepts, or too much else stands behind them.
     """
+    if len(header.extensions) >= lay.MAX_EXTENSIONS:
+        raise NoRoomError(
+            f"the header has {len(header.extensions)} extensions already, as many as are read",
+            file=file,
+            offset=header.end_offset,
+            field="header_extension",
+        )
     if not header.has_end:
         raise UnsupportedError(
             "the header extensions have no end mark, so none can be added in one atomic write",

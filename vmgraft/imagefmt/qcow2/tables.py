@@ -9,9 +9,8 @@ from __future__ import annotations
 import threading
 from bisect import bisect_right
 from collections import OrderedDict
-from collections.abc import Iterator
-from dataclasses import dataclass
-from enum import IntEnum
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from typing import Any, NoReturn
 
 import numpy as np
@@ -20,6 +19,7 @@ import numpy.typing as npt
 from vmgraft.errors import MalformedImageError
 from vmgraft.imagefmt.qcow2 import _layout as lay
 from vmgraft.imagefmt.qcow2.header import Header
+from vmgraft.imagefmt.qcow2.runs import Budget, Run, RunKind
 from vmgraft.imagefmt.qcow2.source import Source
 
 U64 = npt.NDArray[np.uint64]
@@ -27,32 +27,10 @@ U8 = npt.NDArray[np.uint8]
 
 _CACHE_BYTES = 16 << 20
 _BATCH_UNITS = 1 << 16
+_L1_SLICE = 1 << 18
 #: Reads decode this many units at once and keep the runs of the last windows: guests read sector by sector.
 _WINDOW_UNITS = 1 << 10
 _WINDOWS = 64
-
-
-class RunKind(IntEnum):
-    """What an L2 entry says about its unit."""
-
-    HOLE = 0
-    ZERO = 1
-    DATA = 2
-    COMPRESSED = 3
-
-
-@dataclass(frozen=True, slots=True)
-class Run:
-    """Guest bytes ``start`` .. ``start + length`` that stand together.
-
-    ``host`` is the file offset of the first byte for ``DATA``, the whole L2 entry for ``COMPRESSED`` (a run then never
-    leaves its cluster), and means nothing otherwise.
-    """
-
-    start: int
-    length: int
-    kind: RunKind
-    host: int
 
 
 def _load(data: bytes | bytearray) -> U64:
@@ -66,12 +44,13 @@ class ClusterMap:
         source: The image file.
         header: Its header.
         data: The file that holds the guest's clusters: ``source`` itself, or the external data file.
+        tables: (offset, length) of metadata that the header does not speak of.
 
     Raises:
         MalformedImageError: the L1 table points astray.
     """
 
-    def __init__(self, source: Source, header: Header, data: Source) -> None:
+    def __init__(self, source: Source, header: Header, data: Source, tables: Sequence[tuple[int, int]] = ()) -> None:
         self._source = source
         self._header = header
         self._data_size = data.size
@@ -80,8 +59,11 @@ class ClusterMap:
         self._per_cluster = lay.SUBCLUSTERS if header.extended_l2 else 1
         self._unit = self._cluster // self._per_cluster
         self._words = 2 if header.extended_l2 else 1
-        self._l1 = self._load_l1()
-        self._metadata = self._metadata_starts()
+        self._l1, tables_used = self._load_l1()
+        #: Indexes of the L1 entries that are used, and which of them are the last before a gap.
+        self._mapped = np.flatnonzero(self._l1).astype(np.uint32)
+        self._mapped_gaps = np.append(np.flatnonzero(np.diff(self._mapped) != 1), max(0, len(self._mapped) - 1))
+        self._metadata = self._metadata_starts(tables_used, tables)
         self._cache: OrderedDict[int, U64] = OrderedDict()
         self._cache_limit = max(2, _CACHE_BYTES // self._cluster)
         self._windows: OrderedDict[int, tuple[list[int], list[Run]]] = OrderedDict()
@@ -91,35 +73,50 @@ class ClusterMap:
         hint = "`qemu-img check` shows the damage"
         raise MalformedImageError(message, file=self._source.file, offset=offset, field=field, hint=hint)
 
-    def _load_l1(self) -> U64:
+    def _load_l1(self) -> tuple[U64, U64]:
+        """Return the offsets of the L2 tables, by L1 index (0: none), and those that exist in ascending order."""
         header = self._header
         raw = self._source.exactly(header.l1_table_offset, header.l1_size * 8, "l1_table_offset")
         entries = _load(raw)
-        used = entries & np.uint64(lay.OFFSET_MASK)
-        wrong = (entries & np.uint64(lay.L1_RESERVED)) | (used & np.uint64(self._cluster - 1))
-        wrong |= used > np.uint64(max(0, self._source.size - self._cluster))
-        if wrong.any():
-            at = int(np.flatnonzero(wrong)[0])
-            where = header.l1_table_offset + 8 * at
-            self._bad("l1_entry", f"entry {at} (0x{int(entries[at]):016x}) points astray or sets reserved bits", where)
-        tables = np.sort(used[used != 0])
+        last = np.uint64(max(0, self._source.size - self._cluster))
+        for first in range(0, len(entries), _L1_SLICE):  # in slices, for the sake of memory
+            part = entries[first : first + _L1_SLICE]
+            used = part & np.uint64(lay.OFFSET_MASK)
+            wrong = (part & np.uint64(lay.L1_RESERVED)) | (used & np.uint64(self._cluster - 1))
+            wrong |= used > last
+            if wrong.any():
+                at = int(np.flatnonzero(wrong)[0])
+                where = header.l1_table_offset + 8 * (first + at)
+                entry = f"entry {first + at} (0x{int(part[at]):016x})"
+                self._bad("l1_entry", f"{entry} points astray or sets reserved bits", where)
+            entries[first : first + _L1_SLICE] = used
+        tables = entries[entries != 0]
+        tables.sort(kind="stable")  # quick for tables that were allocated in order
         if (tables[1:] == tables[:-1]).any():
             self._bad("l1_entry", "two L1 entries share one L2 table", header.l1_table_offset)
-        return used
+        return entries, tables
 
-    def _metadata_starts(self) -> U64:
-        """Return the sorted offsets of all clusters that hold metadata, which no guest data may stand in."""
+    def _metadata_starts(self, inner: U64, more: Sequence[tuple[int, int]]) -> U64:
+        """Return the sorted offsets of all clusters that hold metadata, which no guest data may stand in.
+
+        Args:
+            inner: The offsets of the L2 tables, sorted.
+            more: (offset, length) of metadata that the header does not speak of.
+        """
         header, size = self._header, self._cluster
         tables = ((header.l1_table_offset, header.l1_size * 8), (header.refcount_table_offset, self._reftable_bytes))
-        spans = [(0, size), *tables]
+        spans = [(0, size), *tables, *more]
         if header.nb_snapshots:
             spans.append((header.snapshots_offset, header.nb_snapshots * 40))
         fixed = [np.arange(at, at + length, size, dtype=np.uint64) for at, length in spans]
-        inner = self._l1[self._l1 != 0]
         outer = np.concatenate([*fixed, self._refcount_blocks()])
-        if np.isin(inner, outer).any():
+        place = np.searchsorted(inner, outer)
+        inside = place < len(inner)
+        if (inner[place[inside]] == outer[inside]).any():
             self._bad("l1_entry", "an L2 table lies on other metadata", header.l1_table_offset)
-        return np.unique(np.concatenate([outer, inner]))
+        starts = np.concatenate([outer, inner])
+        starts.sort(kind="stable")
+        return starts
 
     @property
     def _reftable_bytes(self) -> int:
@@ -133,20 +130,20 @@ class ClusterMap:
 
     # --- entries ---------------------------------------------------------------------------------------------------
 
-    def _table(self, index: int, keep: bool) -> U64:
+    def _table(self, index: int) -> U64:
+        """Return an L2 table; the last ones are kept."""
         with self._lock:
             if index in self._cache:
                 self._cache.move_to_end(index)
                 return self._cache[index]
         table = _load(self._source.exactly(int(self._l1[index]), self._cluster, "l2_table"))
-        if keep:
-            with self._lock:
-                self._cache[index] = table
-                while len(self._cache) > self._cache_limit:
-                    self._cache.popitem(last=False)
+        with self._lock:
+            self._cache[index] = table
+            while len(self._cache) > self._cache_limit:
+                self._cache.popitem(last=False)
         return table
 
-    def _entries(self, first: int, count: int, keep: bool) -> U64:
+    def _entries(self, first: int, count: int) -> U64:
         """Return the L2 entries of ``count`` clusters from cluster ``first``; zeros where there is no L2 table."""
         per_table = self._header.l2_entries
         words = self._words
@@ -156,9 +153,24 @@ class ClusterMap:
             index, inside = divmod(at, per_table)
             take = min(per_table - inside, first + count - at)
             if self._l1[index]:
-                piece = self._table(index, keep)[inside * words : (inside + take) * words]
+                piece = self._table(index)[inside * words : (inside + take) * words]
                 out[(at - first) * words : (at - first + take) * words] = piece
             at += take
+        return out
+
+    def _read_entries(self, first: int, count: int) -> U64:
+        """Do the same where all L2 tables exist: neighbours in the file are read at once, and nothing is kept."""
+        per_table, words = self._header.l2_entries, self._words
+        low, end = first // per_table, first + count
+        offsets = self._l1[low : -(-end // per_table)]
+        breaks = np.flatnonzero(np.diff(offsets) != np.uint64(self._cluster)) + 1
+        out = np.empty(count * words, dtype=np.uint64)
+        for begin, behind in pairwise([0, *breaks.tolist(), len(offsets)]):
+            start = max(first, (low + begin) * per_table)
+            stop = min(end, (low + behind) * per_table)
+            where = int(offsets[begin]) + (start - (low + begin) * per_table) * words * 8
+            raw = self._source.exactly(where, (stop - start) * words * 8, "l2_table")
+            out[(start - first) * words : (stop - first) * words] = np.frombuffer(raw, dtype=">u8")
         return out
 
     def _entry_offset(self, cluster: int) -> int:
@@ -245,27 +257,31 @@ class ClusterMap:
             where = self._entry_offset(first + unit // self._per_cluster)
             self._bad("l2_entry", "guest data lies on the container's own metadata", where)
 
-    def _batch(self, first: int, count: int, keep: bool) -> Iterator[Run]:
-        """Yield the runs of ``count`` clusters from cluster ``first``, whole clusters."""
-        kind, host = self._decode(self._entries(first, count, keep), first)
+    def _decoded(self, entries: U64, first: int) -> tuple[U8, U64, npt.NDArray[np.intp]]:
+        """Return kind and host offset of every unit of clusters from ``first``, and where runs begin."""
+        kind, host = self._decode(entries, first)
         breaks = self._breaks(kind, host)
-        start = np.append(breaks, len(kind))
-        self._check_overlap(start, kind[breaks], host[breaks], first)
-        origin = first * self._cluster
-        places = (origin + start.astype(np.int64) * self._unit).tolist()
+        self._check_overlap(np.append(breaks, len(kind)), kind[breaks], host[breaks], first)
+        return kind, host, breaks
+
+    def _batch(self, first: int, count: int) -> Iterator[Run]:
+        """Yield the runs of ``count`` clusters from cluster ``first``, whole clusters."""
+        kind, host, breaks = self._decoded(self._entries(first, count), first)
+        places = (first * self._cluster + np.append(breaks, len(kind)).astype(np.int64) * self._unit).tolist()
         rows = zip(places[:-1], places[1:], kind[breaks].tolist(), host[breaks].tolist(), strict=True)
         for begin, end, what, where in rows:
             yield Run(begin, end - begin, RunKind(what), where)
 
-    def _skip_unmapped(self, cluster: int, end: int) -> int:
-        """Return the first cluster from ``cluster`` on whose L2 table exists, ``end`` at most."""
+    def _next_mapped(self, cluster: int, end: int) -> tuple[int, int]:
+        """Return the next clusters from ``cluster`` on whose L2 tables exist: first, and just behind the last."""
         per_table = self._header.l2_entries
-        index = cluster // per_table
-        if self._l1[index]:
-            return cluster
-        last = -(-end // per_table)
-        there = np.flatnonzero(self._l1[index:last])
-        return min(end, (index + int(there[0])) * per_table) if len(there) else end
+        at = int(np.searchsorted(self._mapped, np.uint32(cluster // per_table)))  # of its type, or numpy copies all
+        last = np.searchsorted(self._mapped_gaps, at)
+        if at == len(self._mapped):
+            return end, end
+        first = max(cluster, int(self._mapped[at]) * per_table)
+        stop = int(self._mapped[self._mapped_gaps[last]]) + 1
+        return min(end, first), min(end, stop * per_table)
 
     def _window(self, index: int, clusters: int) -> tuple[list[int], list[Run]]:
         """Return the runs of a window of ``clusters`` clusters, and where they start."""
@@ -275,7 +291,7 @@ class ClusterMap:
                 return self._windows[index]
         first = index * clusters
         count = min(clusters, -(-self._header.size // self._cluster) - first)
-        runs = list(self._batch(first, count, True))
+        runs = list(self._batch(first, count))
         window = ([run.start for run in runs], runs)
         with self._lock:
             self._windows[index] = window
@@ -302,40 +318,42 @@ class ClusterMap:
                 yield self._clip(runs[at], start, end)
                 at += 1
 
-    def walk(self) -> Iterator[Run]:
-        """Yield the runs of the whole disk, clipped to its size; nothing is cached.
+    def walk(self) -> Iterator[tuple[int, int, RunKind]]:
+        """Yield (start, length, kind) over the whole disk, clipped to its size; nothing is cached.
+
+        Neighbours of one kind may come in several pieces.
 
         Raises:
-            MalformedImageError: an entry points astray.
+            MalformedImageError: an entry points astray, or more data is mapped than the file can honestly hold.
         """
-        at, stop = 0, -(-self._header.size // self._cluster)
+        at, size, stop = 0, self._header.size, -(-self._header.size // self._cluster)
         step = max(1, _BATCH_UNITS // self._per_cluster)
-        budget = -(-self._data_size // self._cluster) * self._cluster
+        budget = Budget(self._data_size, self._source.size, self._least_stored())
         while at < stop:
-            mapped = self._skip_unmapped(at, stop)
+            mapped, end = self._next_mapped(at, stop)
             if mapped > at:
-                hole = Run(at * self._cluster, (mapped - at) * self._cluster, RunKind.HOLE, 0)
-                yield self._clip(hole, 0, self._header.size)
+                yield at * self._cluster, min(size, mapped * self._cluster) - at * self._cluster, RunKind.HOLE
                 at = mapped
                 continue
-            count = min(step, stop - at)
-            for run in self._batch(at, count, False):
-                budget -= self._least_stored(run)
-                if budget < 0:
-                    self._bad("l2_entry", "more guest data is mapped than the file can hold: clusters are used twice")
-                if run.start < self._header.size:
-                    yield self._clip(run, 0, self._header.size)
+            count = min(step, end - at)
+            kind, _, _ = self._decoded(self._read_entries(at, count), at)
+            counts = np.bincount(kind, minlength=len(RunKind))
+            compressed = int(counts[RunKind.COMPRESSED]) // self._per_cluster
+            if not budget.take(int(counts[RunKind.DATA]) * self._unit, compressed):
+                self._bad("l2_entry", "more guest data is mapped than the file can hold: clusters are used many times")
+            breaks = np.concatenate([[0], np.flatnonzero(kind[1:] != kind[:-1]) + 1])
+            places = at * self._cluster + np.append(breaks, len(kind)) * self._unit
+            rows = zip(places[:-1].tolist(), places[1:].tolist(), kind[breaks].tolist(), strict=True)
+            for begin, behind, what in rows:
+                if begin < size:
+                    yield begin, min(size, behind) - begin, RunKind(what)
             at += count
 
-    def _least_stored(self, run: Run) -> int:
-        """Return how many bytes of the file a run takes at least."""
-        if run.kind is RunKind.DATA:
-            return run.length
-        if run.kind is not RunKind.COMPRESSED:
-            return 0
+    def _least_stored(self) -> int:
+        """Return how many bytes of the file a compressed cluster takes at least."""
         if self._header.compression_type == lay.COMPRESSION_ZSTD:
-            return lay.MIN_ZSTD_FRAME
-        return self._cluster // lay.MAX_DEFLATE_RATIO
+            return lay.MIN_ZSTD_FRAME + lay.MIN_ZSTD_BLOCK * -(-self._cluster // lay.MAX_ZSTD_BLOCK)
+        return -(-self._cluster // lay.MAX_DEFLATE_RATIO)
 
     @staticmethod
     def _clip(run: Run, start: int, end: int) -> Run:

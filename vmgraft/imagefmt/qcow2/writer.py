@@ -15,54 +15,25 @@ from vmgraft.errors import GraftFormatError, NoGraftError, NoRoomError, VmgraftE
 from vmgraft.imagefmt.blob import Blob
 from vmgraft.imagefmt.commit import Writer
 from vmgraft.imagefmt.contract import Locator, Patch, Placement, RecordBuilder, Undo
-from vmgraft.imagefmt.locator import LOCATOR_SIZE, pack_locator, parse_locator
+from vmgraft.imagefmt.locator import pack_locator
 from vmgraft.imagefmt.qcow2 import _layout as lay
 from vmgraft.imagefmt.qcow2 import plan as planning
-from vmgraft.imagefmt.qcow2.graft import find_orphan
+from vmgraft.imagefmt.qcow2.cluster import NAME_FIELD, Cluster
+from vmgraft.imagefmt.qcow2.graft import extension_locator, undo_from_note
 from vmgraft.imagefmt.qcow2.header import Extension, Header
 from vmgraft.imagefmt.qcow2.note import (
     NOTE_SIZE,
     Note,
     Phase,
     find_note,
-    pack_note,
     pack_spill,
     parse_spill,
     with_spill,
 )
-from vmgraft.imagefmt.qcow2.plan import PREFIX_SIZE, RECORD_AT, Plan, free_span
-from vmgraft.imagefmt.sidecar import remove_sidecar, stray_sidecar, write_sidecar
+from vmgraft.imagefmt.qcow2.plan import PREFIX_SIZE, Plan, free_span
+from vmgraft.imagefmt.sidecar import remove_sidecar, write_sidecar
 
-_NAME_FIELD = lay.FIELD_OFFSET["backing_file_offset"]
 _END_MARK = bytes(lay.EXT_HEADER_SIZE)
-
-
-class _Cluster:
-    """The first cluster on disk and its copy in memory; every change is one write and one sync."""
-
-    def __init__(self, writer: Writer, data: bytes) -> None:
-        self.writer = writer
-        self.data = bytearray(data)
-
-    def put(self, offset: int, data: bytes) -> None:
-        if self.data[offset : offset + len(data)] == data:
-            return
-        self.writer.write(offset, data)
-        self.data[offset : offset + len(data)] = data
-        self.writer.sync()
-
-    def move_name(self, size: int, target: int) -> None:
-        """Copy the backing file name, then point the header to the copy."""
-        (source,) = struct.unpack_from(">Q", self.data, _NAME_FIELD)
-        if source != target:
-            self.put(target, bytes(self.data[source : source + size]))
-            self.put(_NAME_FIELD, struct.pack(">Q", target))
-
-    def put_note(self, note: Note) -> None:
-        self.put(note.offset, pack_note(note))
-
-    def clear(self, offset: int, size: int) -> None:
-        self.put(offset, bytes(size))
 
 
 # --- attach --------------------------------------------------------------------------------------------------------
@@ -96,29 +67,46 @@ def attach(writer: Writer, header: Header, build: RecordBuilder, terms: Terms) -
     planning.check_attachable(header, file)
     undo = planning.make_undo(header, terms.file_size)
     record = build(undo)
-    inline = _choose(header, terms.placement, record.size, file)
+    inline = choose(header, terms.placement, record.size, file)
     where = Placement.INLINE if inline else Placement.SIDECAR
     locator = Locator(where, 0, record.size, record.sha256, terms.tree_digest, terms.file_size)
+    extend(writer, header, locator, record, write_record=not inline)
+
+
+def extend(writer: Writer, header: Header, locator: Locator, record: Blob, *, write_record: bool) -> None:
+    """Add the extension for a record whose place is known.
+
+    Args:
+        writer: The image.
+        header: Its header.
+        locator: What the extension is to hold.
+        record: The record; it goes into the extension where the locator says ``INLINE``.
+        write_record: Write the sidecar too, and take it back if anything goes wrong. Otherwise it is there and stays.
+
+    Raises:
+        NoRoomError: it does not fit; nothing was written.
+    """
+    inline = locator.placement is Placement.INLINE
     data = bytes(PREFIX_SIZE) + pack_locator(locator) + (record.read_all() if inline else b"")
     data += bytes(-len(data) % 8)
     layout = planning.make_plan(header, len(data), keep=planning.reserve(header))
     if layout is None:
-        raise _no_room(header, record.size, inline, file)
-    note = _note(header, layout, undo.patches, sidecar=not inline)
-    cluster = _Cluster(writer, header.first_cluster)
+        raise _no_room(header, record.size, inline, str(writer.file))
+    note = _note(header, layout, planning.original_bytes(header), sidecar=write_record)
+    cluster = Cluster(writer, header.first_cluster)
     cluster.put_note(note)
     if note.spill:
         cluster.put(note.spill_offset, note.spill)
-    if not inline:
+    if write_record:
         _put_sidecar(cluster, note, locator, record)
     if layout.name_new:
         cluster.move_name(len(header.backing_name), layout.name_new)
     cluster.put(layout.end_offset + lay.EXT_HEADER_SIZE, data + _END_MARK)
     cluster.put(layout.end_offset, struct.pack(">II", lay.EXT_GRAFT, len(data)))
-    cluster.put_note(note.at(Phase.ATTACHED))
+    cluster.put_note(replace(note, phase=Phase.ATTACHED, sidecar=not inline))
 
 
-def _put_sidecar(cluster: _Cluster, note: Note, locator: Locator, record: Blob) -> None:
+def _put_sidecar(cluster: Cluster, note: Note, locator: Locator, record: Blob) -> None:
     """Write the sidecar; if that fails (no space, a foreign file of that name), take back what was written."""
     try:
         write_sidecar(cluster.writer.file, locator, record)
@@ -127,7 +115,7 @@ def _put_sidecar(cluster: _Cluster, note: Note, locator: Locator, record: Blob) 
         raise
 
 
-def _choose(header: Header, placement: Placement, size: int, file: str) -> bool:
+def choose(header: Header, placement: Placement, size: int, file: str) -> bool:
     """Return whether the record goes inline."""
     if placement is Placement.SIDECAR:
         return False
@@ -172,8 +160,7 @@ def detach(writer: Writer, header: Header, undo: Undo) -> None:
 
     If the undo note proves that nobody rewrote the header since attach, its original bytes come back. Otherwise the
     header is left as QEMU would have written it without the extension: the others in their order, the end mark, the
-    backing file name right behind it, zeros. If the extension was dropped by a foreign writer, its leftovers are
-    wiped.
+    backing file name right behind it, zeros.
 
     Raises:
         NoGraftError: there is nothing to take away.
@@ -181,15 +168,18 @@ def detach(writer: Writer, header: Header, undo: Undo) -> None:
     """
     ext = header.find(lay.EXT_GRAFT)
     if ext is None:
-        wipe_orphan(writer, header)
-        return
-    cluster = _Cluster(writer, header.first_cluster)
+        raise NoGraftError("the image carries no graft", file=writer.file)
+    cluster = Cluster(writer, header.first_cluster)
     note = find_note(header, ext.offset)
-    if note is not None and _is_untouched(header, ext, note, undo):
-        _detach_verbatim(cluster, note, undo.patches)
-        return
-    if note is not None:  # it speaks of a header that is no more
-        cluster.clear(note.offset, NOTE_SIZE)
+    if note is not None:
+        # A record put back by recovery has the undo of the header it was first attached to; the note knows this one.
+        known = undo, undo_from_note(header, undo.file_size, str(writer.file))
+        fitting = next((one for one in known if one is not None and _is_untouched(header, ext, note, one)), None)
+        if fitting is not None:
+            note = replace(note, sidecar=note.sidecar or _is_sidecar(header, ext))
+            _detach_verbatim(cluster, note, fitting.patches)
+            return
+        cluster.clear(note.offset, NOTE_SIZE)  # it speaks of a header that is no more
     _remove(cluster, header, ext, sidecar=_is_sidecar(header, ext))
 
 
@@ -210,14 +200,11 @@ def _is_untouched(header: Header, ext: Extension, note: Note, undo: Undo) -> boo
 
 
 def _is_sidecar(header: Header, ext: Extension) -> bool:
-    try:
-        locator = parse_locator(header.data(ext)[PREFIX_SIZE:RECORD_AT], file=None, offset=ext.data_offset)
-    except GraftFormatError:
-        return False
-    return locator.placement is Placement.SIDECAR
+    locator = extension_locator(header, ext)
+    return locator is not None and locator.placement is Placement.SIDECAR
 
 
-def _detach_verbatim(cluster: _Cluster, note: Note, patches: tuple[Patch, ...]) -> None:
+def _detach_verbatim(cluster: Cluster, note: Note, patches: tuple[Patch, ...]) -> None:
     note = note.at(Phase.CHANGING)
     if patches:
         note = with_spill(note, patches, note.spill_offset)
@@ -238,7 +225,7 @@ def _original_end(note: Note, patches: tuple[Patch, ...]) -> bytes:
     return bytes(mark)
 
 
-def _restore(cluster: _Cluster, note: Note) -> None:
+def _restore(cluster: Cluster, note: Note) -> None:
     """Clean up behind a graft that is no longer, or not yet, in the chain. May be repeated after any interruption."""
     if note.name_size:
         cluster.move_name(note.name_size, note.name_old)
@@ -251,7 +238,7 @@ def _restore(cluster: _Cluster, note: Note) -> None:
     cluster.clear(note.offset, NOTE_SIZE)
 
 
-def _put_target(cluster: _Cluster, note: Note) -> None:
+def _put_target(cluster: Cluster, note: Note) -> None:
     """Write the original bytes of the area, around note and spill."""
     begin, end = note.end_offset, note.area_end
     patches = parse_spill(note.spill, str(cluster.writer.file)) if note.spill else ()
@@ -261,7 +248,7 @@ def _put_target(cluster: _Cluster, note: Note) -> None:
         if low >= 0 and high <= len(target):
             target[low:high] = patch.data
     target[: lay.EXT_HEADER_SIZE] = _original_end(note, patches)
-    (at, size) = struct.unpack_from(">QI", cluster.data, _NAME_FIELD)
+    (at, size) = struct.unpack_from(">QI", cluster.data, NAME_FIELD)
     if at and at < end:
         size = min(size, end - at)
         target[at - begin : at - begin + size] = cluster.data[at : at + size]
@@ -272,7 +259,7 @@ def _put_target(cluster: _Cluster, note: Note) -> None:
         position = start + length
 
 
-def _put_changes(cluster: _Cluster, offset: int, data: bytes) -> None:
+def _put_changes(cluster: Cluster, offset: int, data: bytes) -> None:
     """Write ``data`` without the bytes at both ends that stand there already."""
     there = cluster.data[offset : offset + len(data)]
     if there == data:
@@ -285,7 +272,7 @@ def _put_changes(cluster: _Cluster, offset: int, data: bytes) -> None:
 # --- detach from a header that QEMU rewrote ------------------------------------------------------------------------
 
 
-def _remove(cluster: _Cluster, header: Header, ext: Extension, *, sidecar: bool) -> None:
+def _remove(cluster: Cluster, header: Header, ext: Extension, *, sidecar: bool) -> None:
     """Take an extension out of the chain wherever it stands, and leave the form that QEMU writes."""
     tail = _tail(header, ext)
     note, hop = _removal_note(header, ext, tail, sidecar=sidecar, file=str(cluster.writer.file))
@@ -301,7 +288,7 @@ def _tail(header: Header, ext: Extension) -> bytes:
     return header.first_cluster[ext.end : max(ext.end, header.end_offset)] + _END_MARK
 
 
-def _close_gap(cluster: _Cluster, ext: Extension, tail: bytes) -> None:
+def _close_gap(cluster: Cluster, ext: Extension, tail: bytes) -> None:
     """Move the rest of the chain down over an extension.
 
     With others behind it, the extension is first renamed: that is the commit, and its data may then be overwritten
@@ -337,38 +324,6 @@ def _removal_note(header: Header, ext: Extension, tail: bytes, *, sidecar: bool,
     return note, hop
 
 
-def wipe_orphan(writer: Writer, header: Header) -> None:
-    """Zero what a foreign writer left of a graft, the locator last, so that an interruption can be repeated.
-
-    Raises:
-        NoGraftError: nothing was left.
-        GraftFormatError: the backing file name stands in the middle of it.
-    """
-    cluster = _Cluster(writer, header.first_cluster)
-    file = str(writer.file)
-    at = find_orphan(header, file)
-    if at is None:
-        if stray_sidecar(writer.file) is None:
-            raise NoGraftError("the image carries no graft", file=file)
-        remove_sidecar(writer.file)
-        return
-    locator = parse_locator(header.first_cluster[at : at + LOCATOR_SIZE], file=file, offset=at)
-    inline = locator.placement is Placement.INLINE
-    end = min(header.cluster_size, at + LOCATOR_SIZE + (locator.record_size if inline else 0))
-    name = range(header.backing_file_offset, header.backing_file_offset + len(header.backing_name))
-    if name and name.start < end and name.stop > at:
-        end = max(at + LOCATOR_SIZE, name.start)  # the live name stands in the record's place
-    if name and name.start < at + LOCATOR_SIZE and name.stop > at:
-        raise GraftFormatError("the backing file name overlaps the leftovers", file=file, offset=at)
-    note = find_note(header)
-    if note is not None and note.offset >= max(end, header.end_offset):
-        cluster.clear(note.offset, NOTE_SIZE)
-    cluster.clear(at + LOCATOR_SIZE, end - at - LOCATOR_SIZE)
-    if not inline:
-        remove_sidecar(cluster.writer.file)
-    cluster.clear(at, LOCATOR_SIZE)
-
-
 # --- recovery ------------------------------------------------------------------------------------------------------
 
 
@@ -380,7 +335,7 @@ def recover(writer: Writer, header: Header) -> bool:
     """
     if header.find(lay.EXT_GRAFT) is not None:
         return False
-    cluster = _Cluster(writer, header.first_cluster)
+    cluster = Cluster(writer, header.first_cluster)
     dead = header.find(lay.EXT_DEAD)
     if dead is not None:
         tail = _tail(header, dead)

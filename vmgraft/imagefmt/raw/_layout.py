@@ -10,6 +10,10 @@ from vmgraft.imagefmt._layout import LOCATOR_SIZE
 ALIGNMENT = 4096
 #: A trailer, counted from the end of the content, stays below this: growpart ignores smaller growth.
 TRAILER_LIMIT = 1 << 20
+#: At least so many bytes lie between the record and the end of the file, zeros but for the second locator. It is what a
+#: partitioning tool overwrites when it moves a backup GPT to the end of the file: 33 sectors of 512 bytes, or 5 of 4096
+#: (UEFI 2.10, 5.3.1: a header and 16 KiB of entries). First locator and record survive that.
+FOOT_SIZE = 20480
 #: Bytes of a guest sector; the content is rounded up to it.
 SECTOR_SIZE = 512
 
@@ -37,9 +41,14 @@ class Trailer:
         return self.head + LOCATOR_SIZE
 
     @property
+    def record_end(self) -> int:
+        """Offset behind the record."""
+        return self.record + self.record_size
+
+    @property
     def end(self) -> int:
         """Offset behind the trailer, the size of the grafted file."""
-        return round_up(self.record + self.record_size + LOCATOR_SIZE, ALIGNMENT)
+        return round_up(self.record_end + FOOT_SIZE, ALIGNMENT)
 
     @property
     def tail(self) -> int:
@@ -55,4 +64,4 @@ class Trailer:
 def room(file_size: int) -> int:
     """Return how long an inline record may be, in bytes."""
     last_end = (file_size + TRAILER_LIMIT - 1) // ALIGNMENT * ALIGNMENT
-    return last_end - round_up(file_size, ALIGNMENT) - 2 * LOCATOR_SIZE
+    return last_end - round_up(file_size, ALIGNMENT) - LOCATOR_SIZE - FOOT_SIZE

@@ -10,7 +10,6 @@ from vmgraft.errors import MalformedImageError, UnsupportedError
 from vmgraft.imagefmt.contract import (
     Extent,
     GraftState,
-    Image,
     Kind,
     Located,
     OpenOptions,
@@ -19,11 +18,11 @@ from vmgraft.imagefmt.contract import (
     Room,
     Undo,
 )
-from vmgraft.imagefmt.flatfile import FlatFile
+from vmgraft.imagefmt.flatfile import FlatFile, FlatImage
 from vmgraft.imagefmt.raw import _layout as layout
 from vmgraft.imagefmt.raw.recipes import recipes
 from vmgraft.imagefmt.raw.trailer import find_trailer
-from vmgraft.imagefmt.raw.writer import attach_raw, detach_raw
+from vmgraft.imagefmt.raw.writer import attach_raw, detach_raw, reattach_raw
 from vmgraft.imagefmt.sidecar import read_sidecar
 
 #: UEFI PI 1.8, volume 3, 3.2.1.1 EFI_FIRMWARE_VOLUME_HEADER: signature at byte 40.
@@ -31,7 +30,7 @@ _FIRMWARE_SIGNATURE = b"_FVH"
 _FIRMWARE_OFFSET = 40
 
 
-class RawImage(Image):
+class RawImage(FlatImage):
     """An open raw image; see :class:`vmgraft.imagefmt.contract.Image`.
 
     Raises:
@@ -85,21 +84,15 @@ class RawImage(Image):
         if locator.placement is not Placement.SIDECAR:
             detail = "the locator in the sidecar is not one of a sidecar"
             return Located(GraftState.DAMAGED, detail, record=sidecar.record)
+        other = f", or {sidecar.path.name} belongs to another image"  # a raw image has no locator that could tell
         if state is GraftState.OK and self._file.size > locator.file_size:
-            state, detail = GraftState.GROWN, f"the image grew from {locator.file_size} bytes since attach"
+            state, detail = GraftState.GROWN, f"the image grew from {locator.file_size} bytes since attach{other}"
         elif state is GraftState.OK and self._file.size < locator.file_size:
-            state, detail = GraftState.DAMAGED, f"the image shrank from {locator.file_size} bytes since attach"
+            state, detail = GraftState.DAMAGED, f"the image shrank from {locator.file_size} bytes since attach{other}"
         return Located(state, detail, locator, 0, sidecar.record)
 
-    def read(self, offset: int, length: int) -> bytes:
-        """Return content; bytes between the end of the file and the last sector's end read as zero."""
-        length = max(0, min(length, self.virtual_size - offset))
-        buffer = bytearray(length)
-        count = self.readinto(offset, memoryview(buffer))
-        return bytes(buffer[:count])
-
     def readinto(self, offset: int, buffer: memoryview) -> int:
-        """Fill ``buffer`` with content and return the number of bytes."""
+        """Fill ``buffer`` with content; bytes between the end of the file and of the last sector read as zero."""
         length = max(0, min(len(buffer), self.virtual_size - offset))
         stored = max(0, min(length, self.content_size - offset))
         got = self._file.readinto(offset, buffer[:stored])
@@ -118,15 +111,13 @@ class RawImage(Image):
 
     def metadata(self) -> dict[str, Any]:
         """Return file facts, the partition table's kind, and how to hide a trailer from other programs."""
-        head = self._file.read(0, 2 * layout.SECTOR_SIZE)
-        table = "none"
-        if head[510:512] == b"\x55\xaa":
-            table = "gpt" if head[512:520] == b"EFI PART" else "mbr"
+        from vmgraft.imagefmt.partitions import describe
+
         facts: dict[str, Any] = {
             "fileSize": self._file.size,
             "contentSize": self.content_size,
             "blockDevice": self._file.is_block_device,
-            "partitionTable": table,
+            "partitionTable": describe(self)["scheme"],
             "allocated": sum(extent.length for extent in self.extents() if extent.kind is Kind.DATA),
         }
         if self._located.locator is not None and self._located.locator.placement is Placement.INLINE:
@@ -160,6 +151,12 @@ class RawImage(Image):
         locator = self._located.locator
         return None if locator is None else Undo(file_size=locator.file_size)
 
-    def close(self) -> None:
-        """Close the file and give up its locks."""
-        self._file.close()
+    def reattach(self, located: Located) -> None:
+        """Write again what a whole record has lost of its trailer: either locator, or the end of the file.
+
+        Raises:
+            UnsupportedError: when bytes of somebody else stand where the trailer should be, or a sidecar is concerned.
+            GraftFormatError: when the record is not whole.
+        """
+        reattach_raw(self._file, located)
+        self._refresh()

@@ -5,11 +5,14 @@ from __future__ import annotations
 from contextlib import suppress
 from hashlib import sha256
 
-from vmgraft.errors import FileError, GraftFormatError, NoRoomError, UsageError
+from vmgraft.errors import FileError, GraftFormatError, NoRoomError, UnsupportedError, UsageError
+from vmgraft.imagefmt.blob import Blob
 from vmgraft.imagefmt.contract import GraftState, Located, Locator, Placement, RecordBuilder, Undo
 from vmgraft.imagefmt.flatfile import FlatFile
 from vmgraft.imagefmt.locator import pack_locator
 from vmgraft.imagefmt.raw._layout import Trailer
+from vmgraft.imagefmt.raw.trailer import Condition, condition
+from vmgraft.imagefmt.record import parse_record
 from vmgraft.imagefmt.sidecar import remove_sidecar, write_sidecar
 
 
@@ -33,6 +36,8 @@ def attach_raw(
             file=file.path,
             hint="use --placement sidecar",
         )
+    if placement is Placement.AUTO and record.size > room:
+        file.check_sidecar_lasts()
     if placement is Placement.SIDECAR or record.size > room:
         locator = Locator(Placement.SIDECAR, 0, record.size, record.sha256, tree_digest, size)
         write_sidecar(file.path, locator, record)
@@ -92,3 +97,75 @@ def detach_raw(file: FlatFile, undo: Undo, located: Located) -> None:
     writer = file.writer()
     writer.truncate(locator.file_size)
     writer.sync()
+
+
+def reattach_raw(file: FlatFile, located: Located) -> None:
+    """Write again what a whole record has lost of its trailer: either locator, or the end of the file.
+
+    Raises:
+        GraftFormatError: when the record is not whole.
+        UnsupportedError: when bytes of somebody else stand where the trailer should be.
+    """
+    locator, record = located.locator, located.record
+    if located.state is GraftState.OK:
+        return
+    if locator is None or record is None or locator.placement is not Placement.INLINE:
+        raise _beyond_repair(file, located, located.detail or "no record was found", "attach again")
+    file.size = file.current_size()
+    found = condition(file, locator, record)
+    trailer = Trailer(locator.file_size, locator.record_size)
+    if not found.whole or _damaged_section(file, record, trailer):
+        raise GraftFormatError(
+            "the record is damaged, and nothing can bring it back",
+            file=file.path,
+            offset=trailer.record,
+            hint="detach, which gives the original back, and attach again",
+        )
+    if found.grown > 0:
+        hint = f"shrink the file to {trailer.end} bytes if nothing of value lies there: the graft is whole then"
+        raise _beyond_repair(file, located, f"the file grew by {found.grown} bytes behind the trailer", hint)
+    if not found.clean:
+        hint = (
+            "detach, let the tool move its backup GPT back, and attach again"
+            if found.gpt
+            else "detach, and attach again"
+        )
+        raise _beyond_repair(file, located, "bytes of another program stand in the trailer", hint)
+    _restore(file, trailer, pack_locator(locator), found)
+
+
+def _restore(file: FlatFile, trailer: Trailer, locator: bytes, found: Condition) -> None:
+    """Write what is missing; a graft that is found by one locator stays so until the other one is there."""
+    writer = file.writer()
+    if not found.head:
+        writer.write(trailer.head, locator)
+        writer.sync()
+    if found.grown < 0:
+        # One write to the end, so that a file cut short again is found by its first locator, as before.
+        start = min(trailer.tail, max(trailer.record_end, file.size))
+        writer.write(start, locator.rjust(trailer.end - start, b"\0"))
+        writer.sync()
+    elif not found.tail:
+        writer.write(trailer.tail, locator)
+        writer.sync()
+
+
+def _damaged_section(file: FlatFile, record: Blob, trailer: Trailer) -> bool:
+    """Return whether the record does not hold what its own table says."""
+    try:
+        parsed = parse_record(record, file=file.path, offset=trailer.record)
+        parsed.undo()
+        for section in parsed.sections:
+            parsed.raw(section)
+    except GraftFormatError:
+        return True
+    return False
+
+
+def _beyond_repair(file: FlatFile, located: Located, reason: str, hint: str) -> UnsupportedError:
+    return UnsupportedError(
+        f"the graft ({located.state.value}) cannot be brought back: {reason}",
+        file=file.path,
+        offset=located.locator_offset,
+        hint=hint,
+    )
