@@ -16,7 +16,7 @@ from types import FrameType
 from typing import Any, Final
 
 from vmgraft import __version__
-from vmgraft.errors import NotBootableError, RequiredExtensionError, VmgraftError
+from vmgraft.errors import NotBootableError, RequiredExtensionError, UnsupportedError, VmgraftError
 from vmgraft.imagefmt.contract import Image, Progress
 from vmgraft.imagefmt.graft import Graft, open_graft, open_image
 from vmgraft.signing.contract import Report
@@ -144,6 +144,12 @@ class Launcher:
 
     def _run(self, stack: ExitStack, log: AuditLog, policy: Policy) -> RunReport:
         image = stack.enter_context(open_image(self._path, self._options.opening))
+        if not image.is_disk:
+            raise UnsupportedError(
+                f"{image.format_name} is no disk format: there is nothing to boot",
+                file=self._path,
+                hint="`vmgraft verify` checks it",
+            )
         graft = open_graft(image, progress=self._progress)
         report = self._verify(image, graft, policy)
         checks = [check.to_dict() for check in report.verification.checks]
