@@ -24,8 +24,9 @@ A *vendor* attaches an extension to an image, an *auditor* verifies it, a *host*
     detach(Path("disk.qcow2"))
 
 ``Launcher(image, policy, RunOptions()).run()`` boots a verified image; ``open_image`` gives the guest content of any
-container. Every failure is a :class:`VmgraftError` with file, offset, field and hint. Names are imported on first use,
-so that ``import vmgraft`` costs nothing.
+container; ``convert`` and ``move_graft`` take a graft to another one, ``add_extensions`` and its like change it. Every
+failure is a :class:`VmgraftError` with file, offset, field and hint. Names are imported on first use, so that
+``import vmgraft`` costs nothing.
 """
 
 from __future__ import annotations
@@ -45,8 +46,12 @@ if TYPE_CHECKING:
     from vmgraft.signing.manifest import parse_manifest
     from vmgraft.signing.policy import load_policy
     from vmgraft.signing.policytools import format_policy, init_policy
+    from vmgraft.vendor.convert import ConvertOptions, convert
+    from vmgraft.vendor.edit import EditOptions, add_extensions, remove_extensions, replace_extensions
     from vmgraft.vendor.graft import AttachOptions, attach, detach
+    from vmgraft.vendor.move import MoveOptions, move_graft
     from vmgraft.vendor.pack import load_package
+    from vmgraft.vendor.recover import recover
     from vmgraft.vmmhost.launch import Launcher
     from vmgraft.vmmhost.plan import RunOptions
 
@@ -54,10 +59,15 @@ __version__ = "0.1.0"
 
 _PUBLIC = {
     "AttachOptions": "vendor.graft",
+    "ConvertOptions": "vendor.convert",
+    "EditOptions": "vendor.edit",
     "Launcher": "vmmhost.launch",
+    "MoveOptions": "vendor.move",
     "RunOptions": "vmmhost.plan",
     "VmgraftError": "errors",
+    "add_extensions": "vendor.edit",
     "attach": "vendor.graft",
+    "convert": "vendor.convert",
     "detach": "vendor.graft",
     "diff_images": "inspect.diff",
     "digest_content": "imagefmt.tree",
@@ -69,18 +79,27 @@ _PUBLIC = {
     "load_policy": "signing.policy",
     "load_private": "signing.keyfiles",
     "load_public": "signing.keyfiles",
+    "move_graft": "vendor.move",
     "open_graft": "imagefmt.graft",
     "open_image": "imagefmt.graft",
     "parse_manifest": "signing.manifest",
+    "recover": "vendor.recover",
+    "remove_extensions": "vendor.edit",
+    "replace_extensions": "vendor.edit",
     "verify_image": "inspect.verdict",
 }
 
 __all__ = [
     "AttachOptions",
+    "ConvertOptions",
+    "EditOptions",
     "Launcher",
+    "MoveOptions",
     "RunOptions",
     "VmgraftError",
+    "add_extensions",
     "attach",
+    "convert",
     "detach",
     "diff_images",
     "digest_content",
@@ -92,9 +111,13 @@ __all__ = [
     "load_policy",
     "load_private",
     "load_public",
+    "move_graft",
     "open_graft",
     "open_image",
     "parse_manifest",
+    "recover",
+    "remove_extensions",
+    "replace_extensions",
     "verify_image",
 ]
 
