@@ -49,6 +49,7 @@ class Expect:
         detail: A part of the state's detail.
         problem: A part of what ``format_problem`` says; None: it is not looked at.
         fact: A part of the metadata as text, for damage that is shown and not refused.
+        snapshot: A part of what reading the first snapshot says.
     """
 
     stage: str
@@ -59,6 +60,7 @@ class Expect:
     detail: str = ""
     problem: str | None = None
     fact: str = ""
+    snapshot: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,9 +93,9 @@ def graft(state: str, detail: str = "", problem: str | None = None) -> Expect:
     return Expect("sound", state=state, detail=detail, problem=problem)
 
 
-def harmless(fact: str = "") -> Expect:
+def harmless(fact: str = "", snapshot: str = "") -> Expect:
     """Odd, yet well-formed or only shown; nothing is refused, and it costs no more than other images."""
-    return Expect("sound", fact=fact)
+    return Expect("sound", fact=fact, snapshot=snapshot)
 
 
 def write_case(case: Case, folder: Path) -> Path:

@@ -50,6 +50,7 @@ def _steps(path: Path) -> dict[str, Any]:
             seen["problem"] = step("graft", graft.format_problem)
             step("graft", lambda: [*graft.envelopes(), *graft.manifests(), graft.hints()])
         seen["metadata"] = step("metadata", image.metadata)
+        seen["snapshots"] = [_snapshot(path, row["id"]) for row in (seen["metadata"] or {}).get("snapshots", ())[:4]]
         seen["virtualSize"] = image.virtual_size
         step("room", image.room)
         step("chain", image.backing_chain)
@@ -59,6 +60,19 @@ def _steps(path: Path) -> dict[str, Any]:
         digest = step("content", lambda: digest_content(image, flat="never"))
         seen["digest"] = None if digest is None else digest.tree_digest.hex()
     return seen
+
+
+def _snapshot(path: Path, wanted: str) -> str:
+    """Read a named snapshot as a whole and return its digest, or what is wrong with it."""
+    from vmgraft.imagefmt.contract import Opening
+    from vmgraft.imagefmt.graft import open_image
+    from vmgraft.imagefmt.tree import digest_content
+
+    try:
+        with open_image(path, Opening(snapshot=wanted)) as image:
+            return digest_content(image, flat="never").tree_digest.hex()
+    except VmgraftError as error:
+        return f"{type(error).__name__} {error.field}: {error.message}"
 
 
 def _covered(image: Any) -> int:

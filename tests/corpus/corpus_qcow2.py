@@ -116,6 +116,11 @@ def features() -> Iterator[Case]:
             incompatible=4,
         )
 
+    for name, value, message in (("nul", b"a\0b", "NUL"), ("long", b"n" * 3000, "cannot be found")):
+        expect = unreadable("data_file_name", message, "MalformedImageError" if name == "nul" else FILE)
+        exts = extension(base.EXT_DATA_FILE, value)
+        yield _ext(f"data-file-{name}", f"an external data file with a bad name: {name}", expect, exts, incompatible=4)
+
 
 def extensions() -> Iterator[Case]:
     """The chain of header extensions."""
@@ -193,6 +198,8 @@ def backing() -> Iterator[Case]:
         backing_file_offset=CLUSTER - 2,
         backing_file_size=9,
     )
+    nameless = harmless()
+    yield _field("backing-of-no-bytes", nameless, "a place for a name of no bytes", backing_file_offset=176)
     yield _case("backing-nul", "NUL in the name", lambda: image(backing=b"a\0b"), refused(name, "NUL"))
     raw = extension(base.EXT_BACKING_FORMAT, b"raw")
     for label, value, message in (
@@ -375,6 +382,50 @@ def _bomb(packed: bool) -> Sparse:
     return Sparse(6 * cluster, pieces)
 
 
+def snapshots() -> Iterator[Case]:
+    """Internal snapshots: listed as far as they go, refused one by one when they are read."""
+
+    def case(label: str, what: str, expect: Expect, count: int = 1, **lies: object) -> Case:
+        entry = base.snapshot(**({"l1_offset": 10 * CLUSTER} | lies))  # type: ignore[arg-type]
+        table = bytes(image(snapshots=entry, more=[base.pattern(9)] * 2, nb_snapshots=count))
+        own = poke(table, (10 * CLUSTER, struct.pack(">QQ", COPIED | L2, 0)))
+        return _case(f"snapshot-{label}", what, lambda: own, expect)
+
+    yield _field("snapshots-65537", refused("nb_snapshots", "above the limit"), "65537 snapshots", nb_snapshots=65537)
+    yield _field(
+        "snapshots-in-header",
+        refused("snapshots_offset", "header's cluster"),
+        "snapshots in the header",
+        nb_snapshots=1,
+    )
+    yield case("count", "65000 snapshots where one is", refused("snapshots_offset", "behind the file"), 65000)
+    yield case(
+        "sizes",
+        "an identifier and a name of 65535 bytes",
+        harmless("ends behind the file"),
+        id_size=65535,
+        name_size=65535,
+    )
+    yield case("extra-4-gib", "extra data of 4 GiB", harmless("above the limit of 1024"), extra_size=0xFFFFFFFF)
+    yield case("extra-1-mib", "extra data of 1 MiB", harmless("above the limit of 1024"), extra_size=1 << 20)
+    rubbish = b"\x1b[2J\xff\xfe\n"
+    yield case("name", "a name of rubbish and terminal control", harmless("snap"), identity=b"snap", name=rubbish)
+    yield case("l1-behind", "an L1 table behind the file", harmless(snapshot="MalformedImageError"), l1_offset=1 << 40)
+    yield case(
+        "l1-unaligned", "an L1 table off its cluster", harmless(snapshot="MalformedImageError"), l1_offset=L1 + 8
+    )
+    yield case("l1-0", "no L1 table", harmless(snapshot="snapshot.l1_size"), l1_size=0)
+    yield case("l1-max", "an L1 table of 32 GiB", harmless(snapshot="snapshot.l1_size"), l1_size=0xFFFFFFFF)
+    yield case("l1-on-header", "an L1 table on the header", harmless(snapshot="MalformedImageError"), l1_offset=0)
+    big = struct.pack(">QQ", 0, 1 << 62)
+    yield case("size-4-eib", "a disk of 4 EiB", harmless(snapshot="snapshot.l1_size"), extra=big)
+    yield case(
+        "size-max", "a disk of 2^64-1 bytes", harmless("is not within"), extra=struct.pack(">QQ", 0, (1 << 64) - 1)
+    )
+    bitmaps = extension(base.EXT_BITMAPS, struct.pack(">IIQQ", 0xFFFFFFFF, 0, 1 << 60, 1 << 62))
+    yield _ext("bitmaps-astray", "2^32-1 bitmaps at 2^62: never followed", harmless(), bitmaps, autoclear=1)
+
+
 def bombs() -> Iterator[Case]:
     """Claims that would keep a reader busy."""
     often = unreadable("l2_entry", "used many times")
@@ -417,5 +468,5 @@ def samples() -> dict[str, bytes]:
 
 def cases() -> Iterator[Case]:
     """All of them."""
-    for group in (header, features, extensions, backing, tables, bombs):
+    for group in (header, features, extensions, backing, tables, snapshots, bombs):
         yield from group()

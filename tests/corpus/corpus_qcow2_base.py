@@ -130,7 +130,7 @@ def snapshot(
     l1_size: int = 1,
     identity: bytes = b"1",
     name: bytes = b"snap",
-    extra: bytes = bytes(16),
+    extra: bytes = struct.pack(">QQ", 0, SIZE),
     extra_size: int | None = None,
     id_size: int | None = None,
     name_size: int | None = None,

@@ -95,6 +95,7 @@ def check_reader(seen: dict[str, Any], case: Case, path: Path) -> None:
     assert (seen["state"], wanted.detail in seen["detail"]) == (wanted.state, True), seen["detail"]
     assert wanted.problem is None or wanted.problem in seen["problem"]
     assert wanted.fact in json.dumps(seen["metadata"])
+    assert not wanted.snapshot or wanted.snapshot in seen["snapshots"][0]
     if wanted.stage == "sound":
         assert errors == {}
         assert seen["covered"] == seen["virtualSize"]

@@ -40,7 +40,7 @@ def fuzz(target: str | Path, folder: Path, *more: object, seconds: int = SECONDS
 def test_nothing_is_found(name: str, tmp_path: Path) -> None:
     code, said = fuzz(name, tmp_path)
     assert code == 0, said
-    assert int(re.search(r"(\d+) inputs  ok", said)[1]) > 50
+    assert int(re.search(r"(\d+) inputs  ok", said)[1]) >= 10
 
 
 def test_every_format_is_fuzzed() -> None:

@@ -85,6 +85,7 @@ def open_named(name: bytes, referrer: Path, chain: Chain, *, field: str, offset:
         offset: Where the name stands in ``referrer``.
 
     Raises:
+        MalformedImageError: the name is none.
         UnsupportedError: the name is a protocol, absolute without a named root, or leads out of the root.
         FileError: the file does not exist or cannot be read.
     """
@@ -92,6 +93,8 @@ def open_named(name: bytes, referrer: Path, chain: Chain, *, field: str, offset:
     def refuse(message: str, hint: str) -> UnsupportedError:
         return UnsupportedError(f"{field} {text!r} {message}", file=referrer, offset=offset, field=field, hint=hint)
 
+    if b"\0" in name:
+        raise MalformedImageError("contains a NUL byte", file=referrer, offset=offset, field=field)
     text = os.fsdecode(name)
     if _PROTOCOL.match(text):
         raise refuse("is a protocol or JSON description, which is never followed", "use a plain relative file name")

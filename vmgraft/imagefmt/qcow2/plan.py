@@ -107,7 +107,7 @@ def check_attachable(header: Header, file: str) -> None:
     """Refuse headers that no extension can be added to safely.
 
     Raises:
-        UnsupportedError: the chain of extensions has no end mark that could be replaced.
+        UnsupportedError: the chain of extensions has no end mark that could be replaced, or ends at a name of no bytes.
         NoRoomError: there are as many extensions as a reader accepts, or too much else stands behind them.
     """
     if len(header.extensions) >= lay.MAX_EXTENSIONS:
@@ -116,6 +116,14 @@ def check_attachable(header: Header, file: str) -> None:
             file=file,
             offset=header.end_offset,
             field="header_extension",
+        )
+    if header.backing_file_offset and not header.backing_name:
+        raise UnsupportedError(
+            "the header has a place for a backing file name and no name: the extensions end there for other programs",
+            file=file,
+            offset=lay.FIELD_OFFSET["backing_file_size"],
+            field="backing_file_size",
+            hint="let QEMU rewrite the header: `qemu-img rebase -u -b '' IMAGE`",
         )
     if not header.has_end:
         raise UnsupportedError(
