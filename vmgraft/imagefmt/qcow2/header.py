@@ -163,7 +163,9 @@ class _Parser:
         incompatible = self.raw["incompatible_features"]
         unknown = incompatible & ~lay.KNOWN_INCOMPATIBLE
         if unknown:
-            listed = ", ".join(f"{names.get((0, bit), 'unnamed')} (bit {bit})" for bit in _bits(unknown))
+            found = [f"{names.get((0, bit), 'unnamed')} (bit {bit})" for bit in _bits(unknown)]
+            more = f" and {len(found) - 4} more" if len(found) > 4 else ""
+            listed = ", ".join(found[:4]) + more
             raise UnsupportedError(
                 f"incompatible features that this version does not know: {listed}",
                 file=self.file,
