@@ -40,12 +40,14 @@ if TYPE_CHECKING:
     from vmgraft.imagefmt.tree import digest_content
     from vmgraft.inspect.diff import diff_images
     from vmgraft.inspect.report import inspect_image
-    from vmgraft.inspect.verdict import verify_image
+    from vmgraft.inspect.verdict import audit_image, verify_image
     from vmgraft.signing.keyfiles import load_private, load_public
     from vmgraft.signing.keys import generate
     from vmgraft.signing.manifest import parse_manifest
     from vmgraft.signing.policy import load_policy
     from vmgraft.signing.policytools import format_policy, init_policy
+    from vmgraft.signing.signers import load_signer
+    from vmgraft.signing.state import RollbackState
     from vmgraft.vendor.convert import ConvertOptions, convert
     from vmgraft.vendor.edit import EditOptions, add_extensions, remove_extensions, replace_extensions
     from vmgraft.vendor.graft import AttachOptions, attach, detach
@@ -63,10 +65,12 @@ _PUBLIC = {
     "EditOptions": "vendor.edit",
     "Launcher": "vmmhost.launch",
     "MoveOptions": "vendor.move",
+    "RollbackState": "signing.state",
     "RunOptions": "vmmhost.plan",
     "VmgraftError": "errors",
     "add_extensions": "vendor.edit",
     "attach": "vendor.graft",
+    "audit_image": "inspect.verdict",
     "convert": "vendor.convert",
     "detach": "vendor.graft",
     "diff_images": "inspect.diff",
@@ -79,6 +83,7 @@ _PUBLIC = {
     "load_policy": "signing.policy",
     "load_private": "signing.keyfiles",
     "load_public": "signing.keyfiles",
+    "load_signer": "signing.signers",
     "move_graft": "vendor.move",
     "open_graft": "imagefmt.graft",
     "open_image": "imagefmt.graft",
@@ -95,10 +100,12 @@ __all__ = [
     "EditOptions",
     "Launcher",
     "MoveOptions",
+    "RollbackState",
     "RunOptions",
     "VmgraftError",
     "add_extensions",
     "attach",
+    "audit_image",
     "convert",
     "detach",
     "diff_images",
@@ -111,6 +118,7 @@ __all__ = [
     "load_policy",
     "load_private",
     "load_public",
+    "load_signer",
     "move_graft",
     "open_graft",
     "open_image",

@@ -177,6 +177,12 @@ class PolicyError(VerificationError):
     code = "policy-invalid"
 
 
+class StateError(PolicyError):
+    """The rollback memory of this host cannot be read, written or believed."""
+
+    code = "state-invalid"
+
+
 class RequiredExtensionError(VerificationError):
     """An extension that the policy requires is missing."""
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+import fuzz_signing
 import fuzz_sparse
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "corpus"))
@@ -359,7 +360,7 @@ def all_targets() -> dict[str, Target]:
     """Return every target: one a registered container, and one a structure."""
     images = {name: _image_target(name) for name in format_names()}
     magic = (lay.MAGIC,)
-    return images | {
+    ours = {
         "probe": Target(_probe, _probe_seeds),
         "record": Target(_record, _record_seeds, words=magic),
         "sealed-record": Target(_sealed_record, _record_seeds, words=(lay.MAGIC, b"\x28\xb5\x2f\xfd")),
@@ -371,3 +372,4 @@ def all_targets() -> dict[str, Target]:
         "manifest": _json_target("manifest", _manifest),
         "policy": _json_target("policy", _policy),
     }
+    return images | ours | fuzz_signing.targets(Target)

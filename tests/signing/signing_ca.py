@@ -94,6 +94,9 @@ def crl(
     days: tuple[int, int] = (-1, 60),
     extra: tuple[tuple[x509.ExtensionType, bool], ...] = (),
     key: Any = None,
+    digest: hashes.HashAlgorithm | None = None,
+    entry_extra: tuple[x509.ExtensionType, ...] = (),
+    revoked_on: timedelta = timedelta(days=-2),
 ) -> bytes:
     builder = (
         x509.CertificateRevocationListBuilder()
@@ -107,5 +110,8 @@ def crl(
         builder = builder.add_extension(extension, critical=critical)
     for entity in revoked:
         entry = x509.RevokedCertificateBuilder().serial_number(entity.cert.serial_number)
-        builder = builder.add_revoked_certificate(entry.revocation_date(NOW - timedelta(days=2)).build())
-    return builder.sign(key or issuer.key, hashes.SHA256()).public_bytes(Encoding.DER)
+        entry = entry.revocation_date(NOW + revoked_on)
+        for reason in entry_extra:
+            entry = entry.add_extension(reason, critical=False)
+        builder = builder.add_revoked_certificate(entry.build())
+    return builder.sign(key or issuer.key, digest or hashes.SHA256()).public_bytes(Encoding.DER)

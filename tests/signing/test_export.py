@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import base64
-import hashlib
 import json
-import os
-import shutil
 import subprocess
-from pathlib import Path
 
 import pytest
+import signing_ca as ca
+from openssl_tsa import Tsa, tsa_leaf
+from sigstore_js import install
 
-from vmgraft.errors import UntrustedSignerError
+from vmgraft.errors import BadSignatureError, UntrustedSignerError
 from vmgraft.signing.dsse import Envelope, Signature, parse_envelope, serialise
 from vmgraft.signing.export import BUNDLE_TYPE, export_bundle, export_openssl
 from vmgraft.signing.keys import generate, private_from_pem
-
-NPM = Path(__file__).parent / "npm"
+from vmgraft.signing.material import Material, pack_material
+from vmgraft.signing.timestamps import make_request
 
 
 def write(files, folder):
@@ -129,21 +128,8 @@ def test_one_bundle_per_signature_without_extensions(sim):
 
 @pytest.fixture(scope="session")
 def sigstore():
-    """A folder with sigstore-js and our script, installed once per set of versions and kept in the user's cache."""
-    for program in ("npm", "node"):
-        assert shutil.which(program), f"{program} is missing: apt-get install npm nodejs"
-    lock = (NPM / "package-lock.json").read_bytes()
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vmgraft-tests"
-    folder = cache / f"sigstore-{hashlib.sha256(lock).hexdigest()[:16]}"
-    if not (folder / "installed").exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        for name in ("package.json", "package-lock.json"):
-            shutil.copy(NPM / name, folder)
-        command = ["npm", "ci", "--ignore-scripts", "--no-audit", "--no-fund"]
-        subprocess.run(command, cwd=folder, check=True, capture_output=True, timeout=240)
-        (folder / "installed").touch()
-    shutil.copy(NPM / "verify.mjs", folder)
-    return folder
+    """A folder with sigstore-js and our scripts."""
+    return install()
 
 
 def sigstore_verify(folder, bundle, key, tmp_path):
@@ -171,3 +157,131 @@ def test_sigstore_js_refuses_another_key_and_another_payload(sim, sigstore, tmp_
     bundle["dsseEnvelope"]["payload"] = base64.b64encode(payload).decode()
     done = sigstore_verify(sigstore, json.dumps(bundle).encode(), vendor, tmp_path)
     assert done.returncode == 1 and "signature verification failed" in done.stderr
+
+
+# --- certificates and timestamps
+
+WIDE = (-4000, 4000)  # openssl stamps with the clock, and checks paths by it
+ROOT = ca.issue("Root", ca=True, days=WIDE)
+INTER = ca.issue("Intermediate", ROOT, ca=True, days=WIDE)
+OTHER_ROOT = ca.issue("Root", ca=True, days=WIDE)
+TSA_ROOT = ca.issue("TSA Root", ca=True, days=WIDE)
+TSA_LEAF = tsa_leaf(TSA_ROOT, days=WIDE)
+
+
+def raw_key(private):
+    """The object of cryptography behind one of our keys, for a certificate."""
+    from cryptography.hazmat.primitives.serialization import load_pem_private_key
+
+    return load_pem_private_key(private.pem(None), None)
+
+
+def certified(sim, name, folder, *, days=WIDE, usages=(ca.CODE_SIGNING,), stamped=True):
+    """An envelope with a signature by the named key, its chain, and a timestamp by openssl."""
+    leaf = ca.issue(f"Release {name}", INTER, key=raw_key(sim.keys[name]), days=days, usages=usages)
+    envelope = envelope_of(sim, name)
+    (signature,) = envelope.signatures
+    stamps = ()
+    if stamped:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "serial").write_text("01")
+        stamps = (Tsa(folder, TSA_LEAF).reply(make_request(signature.sig)),)
+    extension = pack_material(Material((leaf.der, INTER.der), stamps))
+    return Envelope(envelope.payload, (Signature(signature.keyid, signature.sig, extension),))
+
+
+@pytest.mark.parametrize("name", ["vendor", "second", "rsa"])
+def test_sigstore_js_verifies_by_certificate_and_timestamp(sim, sigstore, tmp_path, name):
+    files = dict(export_bundle(certified(sim, name, tmp_path / "tsa")))
+    assert sorted(files) == ["signature-1.intermediates.pem", "signature-1.sigstore.json"]
+    (tmp_path / "bundle.json").write_bytes(files["signature-1.sigstore.json"])
+    (tmp_path / "ca.pem").write_bytes(files["signature-1.intermediates.pem"] + ROOT.pem)
+    (tmp_path / "other.pem").write_bytes(files["signature-1.intermediates.pem"] + OTHER_ROOT.pem)
+    (tmp_path / "tsa.pem").write_bytes(TSA_LEAF.pem + TSA_ROOT.pem)
+
+    def verify(root):
+        command = ["node", "verify_certificate.mjs", tmp_path / "bundle.json", tmp_path / root, tmp_path / "tsa.pem"]
+        return subprocess.run(command, cwd=sigstore, capture_output=True, text=True, check=False)
+
+    done = verify("ca.pem")
+    assert (done.returncode, done.stdout) == (0, "verified\n"), done.stderr
+    assert "certificate chain" in verify("other.pem").stderr
+
+
+def test_a_bare_bundle_names_the_key_only(sim, sigstore, tmp_path):
+    ((name, data),) = export_bundle(certified(sim, "vendor", tmp_path / "tsa"), bare=True)
+    vendor = sim.keys["vendor"].public
+    material = json.loads(data)["verificationMaterial"]
+    assert name == "signature-1.sigstore.json" and material["publicKey"] == {"hint": vendor.keyid}
+    assert "certificate" not in material and material["timestampVerificationData"]["rfc3161Timestamps"] == []
+    assert sigstore_verify(sigstore, data, vendor, tmp_path).returncode == 0
+
+
+def test_what_is_malformed_beside_a_signature_is_not_passed_on(sim, tmp_path):
+    envelope = certified(sim, "vendor", tmp_path / "tsa", stamped=False)
+    (signature,) = envelope.signatures
+    signature.extension["ext"]["x509CertificateChain"]["certificates"][0]["rawBytes"] = "!"
+    for export in (export_bundle, export_openssl):
+        with pytest.raises(BadSignatureError):
+            export(envelope)
+    assert export_bundle(envelope, bare=True)
+
+
+@pytest.fixture
+def roots(tmp_path):
+    for name, entity in (("root", ROOT), ("other", OTHER_ROOT), ("tsa", TSA_ROOT), ("inter", INTER)):
+        (tmp_path / f"{name}.pem").write_bytes(entity.pem)
+    return tmp_path
+
+
+@pytest.mark.parametrize("name", ["vendor", "second", "rsa"])
+def test_openssl_verifies_by_certificate(sim, roots, name):
+    folder = write(export_openssl(certified(sim, name, roots / "tsa")), roots / "out")
+    done = run(folder, "--ca", roots / "root.pem")
+    assert done.returncode == 0 and "verified with chain-1.pem" in done.stdout, done.stdout + done.stderr
+    assert run(folder, "--ca", roots / "other.pem").returncode == 1
+    assert run(folder, "--ca", roots / "tsa.pem").returncode == 1
+    assert run(folder, "--ca", roots / "missing.pem").returncode == 2
+    assert run(folder).returncode == 2  # a certificate without a root proves nothing
+    data = ["-data", "signature-1.bin", "-in", "timestamp-1-1.tsr", "-CAfile", roots / "tsa.pem"]
+    assert (
+        subprocess.run(["openssl", "ts", "-verify", *data], cwd=folder, capture_output=True, check=False).returncode
+        == 0
+    )
+
+
+def test_roots_of_the_machine_are_not_looked_at(sim, roots, monkeypatch):
+    folder = write(export_openssl(certified(sim, "vendor", roots / "tsa", stamped=False)), roots / "out")
+    monkeypatch.setenv("SSL_CERT_FILE", str(roots / "root.pem"))
+    assert run(folder, "--ca", roots / "other.pem").returncode == 1
+    assert run(folder, "--ca", roots / "root.pem").returncode == 0
+
+
+def test_the_leaf_must_be_for_signing_code(sim, roots):
+    envelope = certified(sim, "vendor", roots / "tsa", usages=(ca.ExtendedKeyUsageOID.SERVER_AUTH,), stamped=False)
+    assert run(write(export_openssl(envelope), roots / "out"), "--ca", roots / "root.pem").returncode == 1
+
+
+def test_an_expired_leaf_needs_its_timestamp(sim, roots, monkeypatch):
+    """The leaf ends before now; openssl's own clock makes the stamp, so the stamp comes too late for it."""
+    folder = write(export_openssl(certified(sim, "vendor", roots / "tsa", days=(-4000, -3900))), roots / "late")
+    assert run(folder, "--ca", roots / "root.pem", "--tsa-ca", roots / "tsa.pem").returncode == 1
+    # And one that was good when the stamp was made: the check of the path is moved to years from now.
+    folder = write(export_openssl(certified(sim, "vendor", roots / "tsa")), roots / "good")
+    script = (folder / "verify.sh").read_text()
+    moved = script.replace("verify -no-CApath", "verify -no-CApath -attime 4102444800")
+    assert moved != script
+    (folder / "verify.sh").write_text(moved)
+    assert run(folder, "--ca", roots / "root.pem").returncode == 1
+    assert run(folder, "--ca", roots / "root.pem", "--tsa-ca", roots / "other.pem").returncode == 1
+    done = run(folder, "--ca", roots / "root.pem", "--tsa-ca", roots / "tsa.pem")
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("name", ["chain-1.pem", "signature-1.bin", "pae.bin"])
+def test_any_changed_file_fails_under_a_root(sim, roots, name):
+    folder = write(export_openssl(certified(sim, "vendor", roots / "tsa", stamped=False)), roots / "out")
+    data = bytearray((folder / name).read_bytes())
+    data[200 if name == "chain-1.pem" else len(data) // 2] ^= 1
+    (folder / name).write_bytes(data)
+    assert run(folder, "--ca", roots / "root.pem").returncode == 1

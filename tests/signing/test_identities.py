@@ -33,7 +33,16 @@ def test_subjects(text, expected):
 def test_escapes():
     assert matches("x509.subject: O=Acme\\, Inc.", ((O, "Acme, Inc."),))
     assert not matches("x509.subject: O=Acme\\, Inc.", ((O, "Acme"),))
+    assert matches("x509.subject: O=Acme\\\\, CN=Release", ((O, "Acme\\"), (CN, "Release")))
     assert matches("x509.subject: CN=Release+OU=Build", (*RELEASE, (OU, "Build")))
+
+
+def test_an_attribute_that_stands_twice_means_nobody():
+    """A subject with two common names is not the one with either."""
+    twice = (*RELEASE, (CN, "Evil"))
+    assert not matches("x509.subject: O=Acme, CN=Release", twice)
+    assert not matches("x509.subject: CN=Release", (*RELEASE, (CN, "Release")))
+    assert matches("x509.subject: O=Acme", twice)
 
 
 @pytest.mark.parametrize(

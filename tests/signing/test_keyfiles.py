@@ -6,7 +6,7 @@ import subprocess
 
 import pytest
 
-from vmgraft.errors import FileError, UnsupportedError, UsageError
+from vmgraft.errors import FileError, UsageError
 from vmgraft.signing.keyfiles import (
     PASSPHRASE_VARIABLE,
     PassphraseSource,
@@ -132,8 +132,9 @@ def test_file_uris(sealed, tmp_path, monkeypatch):
         with pytest.raises(UsageError):
             key_path(bad)
     for later in ("pkcs11:token=a", "awskms:///x", "exec:/bin/sign"):
-        with pytest.raises(UnsupportedError, match="not supported in this release"):
-            key_path(later)
+        with pytest.raises(UsageError, match="does not name a key file") as caught:
+            load_public(later)
+        assert "sign with --key" in caught.value.hint
 
 
 def test_what_is_no_file(tmp_path):

@@ -32,6 +32,7 @@ EXIT_CODES: Final[dict[str, int]] = {
     "rollback": 16,
     "capability-denied": 17,
     "policy-invalid": 18,
+    "state-invalid": 18,
     "required-extension-missing": 19,
     "host": 20,
     "engine-unavailable": 20,

@@ -27,7 +27,7 @@ class Keys:
     passphrase_fd: int | None
 
     def __bool__(self) -> bool:
-        return bool(self.references)
+        return bool(self.references or self.certificates)
 
     def load(self) -> list[Signer]:
         """Open the keys, asking for passphrases where needed, and say on stderr what speaks against them.

@@ -56,6 +56,33 @@ def policy_option(function: F) -> F:
     return click.option("--policy", "policy_path", type=FILE, required=True, help="The trust policy file.")(function)
 
 
+def policy_trust_options(function: F) -> F:
+    """``--policy-key`` and ``--require-signed-policy``: who must have signed the policy."""
+    function = click.option(
+        "--require-signed-policy", "signed_policy", is_flag=True, help="Refuse a policy that is not signed."
+    )(function)
+    return click.option(
+        "--policy-key", "policy_keys", type=FILE, multiple=True,
+        help="Public key of which one must have signed the policy; repeatable.",
+    )(function)  # fmt: skip
+
+
+def memory_option(function: F) -> F:
+    """``--state`` of a host: where it remembers; the user's own memory unless another, or ``none``, is named."""
+
+    @functools.wraps(function)
+    def command(*args: Any, state: str | None, **kwargs: Any) -> Any:
+        from vmgraft.signing.statefile import default_path
+
+        path = default_path() if state is None else None if state == "none" else Path(state)
+        return function(*args, state=path, **kwargs)
+
+    return cast("F", click.option(
+        "--state", metavar="FILE|none",
+        help="Rollback memory of this host (default: ~/.local/state/vmgraft/state.db). none: remember nothing.",
+    )(command))  # fmt: skip
+
+
 def quiet_option(function: F) -> F:
     """``--quiet``: no progress bar."""
     return click.option("-q", "--quiet", is_flag=True, help="No progress bar.")(function)

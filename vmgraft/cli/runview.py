@@ -39,6 +39,7 @@ def run_document(report: RunReport, image: Path, code: int) -> dict[str, Any]:
     """Return the JSON object of ``run``."""
     document = verdict_document(report.verification, image)
     document.update(ok=code == 0, exitCode=code, started=report.result is not None, auditHead=report.audit_head)
+    document["memory"] = report.memory
     if report.plan is not None:
         document["plan"] = {**report.plan.to_dict(), "planSha256": report.plan.digest}
     if report.result is None:
@@ -65,6 +66,8 @@ def run_document(report: RunReport, image: Path, code: int) -> dict[str, Any]:
 
 def _show_end(report: RunReport, result: MachineResult, image: Path) -> None:
     """Print the closing lines of a run on stderr, so that stdout is the guest's."""
+    if report.memory is not None:
+        _show_memory(report.memory)
     for item in report.extensions:
         click.echo(
             f"extension {item['id']} {item['version']}: {item['state']}, isolation level {item['isolation']}, "
@@ -75,6 +78,18 @@ def _show_end(report: RunReport, result: MachineResult, image: Path) -> None:
     click.echo(f"ended: {_why(result)} after {result.wall_seconds:.2f} s on {engine}", err=True)
     if report.error is not None:
         report_error(_failure(report, result, image), as_json=False)
+
+
+def _show_memory(memory: dict[str, Any]) -> None:
+    """Print what this host remembers from now on."""
+    if memory["created"]:
+        click.echo(f"a new rollback memory was begun: {printable(memory['file'])}", err=True)
+    for seen in memory["raised"]:
+        click.echo(
+            f"remembered: {seen['extension']} security version {seen['securityVersion']}, "
+            f"generation {seen['generation']} (policy {seen['policy']})",
+            err=True,
+        )
 
 
 def _failure(report: RunReport, result: MachineResult, image: Path) -> VmgraftError:

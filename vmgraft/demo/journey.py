@@ -112,13 +112,17 @@ class Journey:
     def _title(self, text: str) -> None:
         self.say(f"\n== {text}")
 
+    def _environment(self) -> dict[str, str]:
+        """Return the environment of every step; what a demo runs is not remembered in the user's own memory."""
+        return {**os.environ, "NO_COLOR": "1", "XDG_STATE_HOME": str(self.folder.absolute() / "state")}
+
     def _call(self, *args: str, code: int = 0, head: int = 40, tail: int = 0) -> str:
         """Run ``vmgraft``, show the first or the last lines of what it printed, and return all of it."""
         self.say("$ vmgraft " + " ".join(_shorten(args, self.folder)))
         try:
             done = subprocess.run(
                 [sys.executable, "-m", "vmgraft", *args],
-                cwd=self.folder, env={**os.environ, "NO_COLOR": "1"}, capture_output=True, text=True,
+                cwd=self.folder, env=self._environment(), capture_output=True, text=True,
                 timeout=STEP_TIMEOUT_S, check=False, errors="replace", stdin=subprocess.DEVNULL,
             )  # fmt: skip
         except subprocess.TimeoutExpired as error:

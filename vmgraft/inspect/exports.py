@@ -6,19 +6,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
-from vmgraft.errors import FileError, UsageError
+from vmgraft.errors import UsageError
 from vmgraft.imagefmt.contract import PROBE, Opening
 from vmgraft.inspect.extract import extract_part
 from vmgraft.signing.dsse import parse_envelope
 from vmgraft.signing.export import export_bundle, export_openssl
-from vmgraft.signing.files import write_new
+from vmgraft.signing.files import write_folder
 from vmgraft.signing.keyfiles import load_public
 
 FORMATS: Final = ("bundle", "openssl")
 
 
 def export_image(
-    path: Path, form: str, output: Path, publics: Sequence[Path], *, opening: Opening = PROBE
+    path: Path, form: str, output: Path, publics: Sequence[Path], *, bare: bool = False, opening: Opening = PROBE
 ) -> list[Path]:
     """Write Sigstore bundles, or files and a script for OpenSSL, into a folder.
 
@@ -27,6 +27,7 @@ def export_image(
         form: ``bundle`` or ``openssl``.
         output: Folder, created if missing; existing files are not overwritten.
         publics: Public keys of the signers, put beside the script; without them it takes keys as arguments.
+        bare: For bundles: name keys only, without certificates and timestamps.
         opening: How to open the image.
 
     Returns:
@@ -41,27 +42,11 @@ def export_image(
         raise UsageError(f"no export format {form!r}", field="format", hint="one of " + ", ".join(FORMATS))
     if form != "openssl" and publics:
         raise UsageError("public keys go with the format openssl only", field="key", hint="leave out --key")
+    if form != "bundle" and bare:
+        raise UsageError("only bundles can be bare", field="bare", hint="leave out --bare")
     envelope = parse_envelope(extract_part(path, "envelope", opening=opening), file=path)
     if form == "openssl":
         files = export_openssl(envelope, [load_public(public) for public in publics])
     else:
-        files = export_bundle(envelope)
-    return _write_all(output, files)
-
-
-def _write_all(folder: Path, files: Sequence[tuple[str, bytes]]) -> list[Path]:
-    """Write new files, all of them or none; scripts become executable."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise FileError(f"cannot make the folder: {error.strerror}", file=folder, hint="name another") from error
-    written: list[Path] = []
-    try:
-        for name, data in files:
-            write_new(folder / name, data, what="the export", mode=0o777 if name.endswith(".sh") else 0o666)
-            written.append(folder / name)
-    except BaseException:
-        for path in written:
-            path.unlink(missing_ok=True)
-        raise
-    return written
+        files = export_bundle(envelope, bare=bare)
+    return write_folder(output, files, what="the export")

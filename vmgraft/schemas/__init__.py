@@ -11,7 +11,7 @@ from vmgraft.errors import VmgraftError
 from vmgraft.schemas.strict import MAX_DEPTH, strict_json
 
 #: The documents there are schemas for.
-SCHEMAS = ("manifest", "policy", "statement", "report")
+SCHEMAS = ("manifest", "policy", "statement", "report", "summary")
 
 __all__ = ["MAX_DEPTH", "SCHEMAS", "load_schema", "strict_json", "validate"]
 

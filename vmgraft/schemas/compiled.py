@@ -42,6 +42,18 @@ def compile_schema(schema: dict[str, Any]) -> Predicate:
     return _Compiler(schema).compile(schema)
 
 
+def _all_of(tests: tuple[Predicate, ...]) -> Predicate:
+    """Return the predicate that holds when each of these does; a plain loop is twice as fast as ``all`` here."""
+
+    def test(value: Any) -> bool:
+        for one in tests:  # noqa: SIM110 - see above
+            if not one(value):
+                return False
+        return True
+
+    return test
+
+
 class _Compiler:
     """Turns the subschemas of one root schema into predicates; references are resolved when they are first used."""
 
@@ -65,8 +77,7 @@ class _Compiler:
         if len(tests) == 1:
             only: Predicate = tests[0]
             return only
-        ordered = tuple(tests)
-        return lambda value: all(test(value) for test in ordered)
+        return _all_of(tuple(tests))
 
     # --- any value
 
@@ -182,7 +193,11 @@ class _Compiler:
         tests = tuple((name, self.compile(schema)) for name, schema in argument.items())
 
         def test(value: Any) -> bool:
-            return not isinstance(value, dict) or all(name not in value or check(value[name]) for name, check in tests)
+            if isinstance(value, dict):
+                for name, check in tests:
+                    if name in value and not check(value[name]):
+                        return False
+            return True
 
         return test
 
@@ -190,6 +205,8 @@ class _Compiler:
         known, check = frozenset(schema.get("properties", ())), self.compile(argument)
 
         def test(value: Any) -> bool:
-            return not isinstance(value, dict) or all(name in known or check(item) for name, item in value.items())
+            if not isinstance(value, dict) or value.keys() <= known:
+                return True
+            return all(name in known or check(item) for name, item in value.items())
 
         return test

@@ -19,7 +19,11 @@ MAX_DEPTH = 16
 MAX_INTEGER_DIGITS = 20
 
 # A string literal (closed or running to the end), or a bracket. Possessive, so no input makes it backtrack.
-_TOKEN = re.compile(rb'"(?:[^"\\]++|\\.)*+(?:"|\\?\Z)|[\[{\]}]', re.DOTALL)
+_STRING = rb'"(?:[^"\\]++|\\.)*+(?:"|\\?\Z)'
+_STRINGS = re.compile(_STRING, re.DOTALL)
+_TOKEN = re.compile(_STRING + rb"|[\[{\]}]", re.DOTALL)
+_NO_BRACKETS = bytes(set(range(256)) - set(b"[{]}"))
+_ONE_KIND = bytes.maketrans(b"{}", b"[]")
 _BOM = b"\xef\xbb\xbf"
 
 
@@ -50,8 +54,23 @@ def _no_constant(text: str) -> NoReturn:
     raise _RefusedError(f"{text} is not JSON")
 
 
+def _is_shallow(data: bytes, max_depth: int) -> bool:
+    """Tell quickly that brackets are nested no deeper than allowed; False says nothing.
+
+    Each turn takes the innermost pairs away, so that many turns leave nothing of so many levels.
+    """
+    brackets = _STRINGS.sub(b"", data).translate(_ONE_KIND, _NO_BRACKETS)
+    for _ in range(max_depth):
+        if not brackets:
+            break
+        brackets = brackets.replace(b"[]", b"")
+    return not brackets
+
+
 def _depth_problem(data: bytes, max_depth: int) -> int | None:
     """Return the offset where nesting goes too deep, found without recursion."""
+    if _is_shallow(data, max_depth):
+        return None
     depth = 0
     for token in _TOKEN.finditer(data):
         first = data[token.start()]
@@ -104,7 +123,8 @@ def strict_json(
             parse_float=_no_float,
             parse_constant=_no_constant,
         )
-        json.dumps(document, ensure_ascii=False).encode("utf-8")
+        if b"\\u" in data:  # nothing else can spell half a surrogate pair: the bytes themselves are good UTF-8
+            json.dumps(document, ensure_ascii=False).encode("utf-8")
     except json.JSONDecodeError as exc:
         offset = len(text[: exc.pos].encode("utf-8"))
         raise error(f"the document is not JSON: {exc.msg}", file=file, offset=offset) from exc

@@ -105,6 +105,38 @@ class VerifiedExtension:
 
 
 @dataclass(frozen=True, slots=True)
+class CertifiedSigner:
+    """A signer whose key a certificate names.
+
+    Attributes:
+        keyid: Of the leaf's key.
+        authority: Name of the trust store at the end of the chain.
+        subject: The leaf's subject (RFC 4514).
+        sans: Its subject alternative names, ``kind:value``.
+        not_after: When the first certificate of the chain ends, ``2026-11-22T15:00:00Z``.
+        timestamp: When a trusted timestamp authority saw the signature, where that was needed, or None.
+    """
+
+    keyid: str
+    authority: str
+    subject: str
+    sans: tuple[str, ...]
+    not_after: str
+    timestamp: str | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the JSON form."""
+        return {
+            "keyid": self.keyid,
+            "authority": self.authority,
+            "subject": self.subject,
+            "sans": list(self.sans),
+            "notAfter": self.not_after,
+            "timestamp": self.timestamp,
+        }
+
+
+@dataclass(frozen=True, slots=True)
 class Report:
     """The verdict over one image.
 
@@ -113,6 +145,7 @@ class Report:
         statement: The verified statement, or None when it is not to be believed.
         signers: keyids (``SHA256:...``) of the distinct trusted keys that signed.
         extensions: Filled only when ``ok``.
+        certified: What certificates say about those signers that have one.
     """
 
     ok: bool
@@ -123,3 +156,4 @@ class Report:
     signers: tuple[str, ...] = ()
     extensions: tuple[VerifiedExtension, ...] = ()
     warnings: tuple[str, ...] = field(default=())
+    certified: tuple[CertifiedSigner, ...] = ()

@@ -81,25 +81,27 @@ def _signature_document(signature: Signature) -> dict[str, Any]:
     return document
 
 
-def parse_envelope(data: bytes, *, file: _PathOrNone = None) -> Envelope:
+def parse_envelope(data: bytes, *, file: _PathOrNone = None, payload_type: str = PAYLOAD_TYPE) -> Envelope:
     """Parse an envelope as it stands in a record; nothing in the result is trusted.
 
     Args:
         data: JSON, at most 1 MiB, with 1 to 16 signatures; base64 standard or URL-safe, padded and canonical.
         file: What to name in the error.
+        payload_type: The media type it must hold.
 
     Raises:
-        BadSignatureError: the bytes are not one well-formed envelope around an in-toto Statement.
+        BadSignatureError: the bytes are not one well-formed envelope, or hold something else.
     """
     document = strict_json(data, file=file, error=BadSignatureError, max_bytes=MAX_ENVELOPE)
     _members(document, {"payload", "payloadType", "signatures"}, set(), "envelope", file)
-    if document["payloadType"] != PAYLOAD_TYPE:
-        raise BadSignatureError(f"not {PAYLOAD_TYPE}", file=file, field="payloadType")
+    if document["payloadType"] != payload_type:
+        raise BadSignatureError(f"not {payload_type}", file=file, field="payloadType")
     payload = _decode(document["payload"], MAX_ENVELOPE, "payload", file)
     entries = document["signatures"]
     if not isinstance(entries, list) or not 1 <= len(entries) <= MAX_SIGNATURES:
         raise BadSignatureError(f"not a list of 1 to {MAX_SIGNATURES} signatures", file=file, field="signatures")
-    return Envelope(payload, tuple(_signature(entry, f"signatures[{i}]", file) for i, entry in enumerate(entries)))
+    signatures = tuple(_signature(entry, f"signatures[{i}]", file) for i, entry in enumerate(entries))
+    return Envelope(payload, signatures, payload_type)
 
 
 def _members(document: Any, required: set[str], optional: set[str], field: str, file: _PathOrNone) -> None:

@@ -8,53 +8,88 @@ from collections.abc import Sequence
 from typing import Any
 
 from vmgraft.errors import UntrustedSignerError
+from vmgraft.signing.bundles import signature_material
 from vmgraft.signing.dsse import Envelope
 from vmgraft.signing.keys import PublicKey
+from vmgraft.signing.material import Material
 
 #: Media type of a Sigstore bundle v0.3 (sigstore/protobuf-specs, protos/sigstore_bundle.proto).
 BUNDLE_TYPE = "application/vnd.dev.sigstore.bundle.v0.3+json"
 
 
-def export_bundle(envelope: Envelope) -> list[tuple[str, bytes]]:
+def export_bundle(envelope: Envelope, *, bare: bool = False) -> list[tuple[str, bytes]]:
     """Return one Sigstore bundle per signature, since a bundle may carry only one.
 
-    The key is named by its keyid as hint; members of a signature beside ``sig`` and ``keyid`` are left out.
+    A certificate stands in it, or else the key is named by its keyid as hint; timestamps go along. A bundle v0.3 holds
+    the leaf alone, so intermediates are written beside it, for the verifier's trust material.
+
+    Args:
+        envelope: The envelope.
+        bare: Name the key in every bundle, and leave certificates and timestamps out.
 
     Returns:
-        File names (``signature-1.sigstore.json`` ...) and bytes.
+        File names (``signature-1.sigstore.json``, ``signature-1.intermediates.pem`` ...) and bytes.
+
+    Raises:
+        BadSignatureError: what stands beside a signature is malformed.
     """
     files = []
     for number, signature in enumerate(envelope.signatures, 1):
+        material = Material() if bare else signature_material(signature, number - 1)
         bundle: dict[str, Any] = {
             "mediaType": BUNDLE_TYPE,
             "verificationMaterial": {
-                "publicKey": {"hint": signature.keyid},
+                **_named(material, signature.keyid),
                 "tlogEntries": [],
-                "timestampVerificationData": {"rfc3161Timestamps": []},
+                "timestampVerificationData": {
+                    "rfc3161Timestamps": [{"signedTimestamp": _text(stamp)} for stamp in material.timestamps]
+                },
             },
             "dsseEnvelope": {
-                "payload": base64.b64encode(envelope.payload).decode("ascii"),
+                "payload": _text(envelope.payload),
                 "payloadType": envelope.payload_type,
-                "signatures": [{"sig": base64.b64encode(signature.sig).decode("ascii"), "keyid": signature.keyid}],
+                "signatures": [{"sig": _text(signature.sig), "keyid": signature.keyid}],
             },
         }
         files.append((f"signature-{number}.sigstore.json", json.dumps(bundle, indent=1).encode("ascii") + b"\n"))
+        if len(material.certificates) > 1:
+            files.append((f"signature-{number}.intermediates.pem", _pem(material.certificates[1:])))
     return files
+
+
+def _named(material: Material, keyid: str) -> dict[str, Any]:
+    """Return the one member that says who signed."""
+    if material.certificates:
+        return {"certificate": {"rawBytes": _text(material.certificates[0])}}
+    return {"publicKey": {"hint": keyid}}
+
+
+def _text(data: bytes) -> str:
+    return base64.b64encode(data).decode("ascii")
+
+
+def _pem(certificates: Sequence[bytes]) -> bytes:
+    from vmgraft.signing.truststores import as_pem
+
+    return "".join(as_pem(der, "CERTIFICATE") for der in certificates).encode("ascii")
 
 
 def export_openssl(envelope: Envelope, public_keys: Sequence[PublicKey] = ()) -> list[tuple[str, bytes]]:
     """Return the files with which ``openssl`` and a shell alone can check the signatures.
 
     ``statement.json`` is what was signed, ``pae.bin`` the exact bytes under the signature, ``signature-N.bin`` the raw
-    signatures, ``key-N.pem`` the public key of signature N where it was given, and ``verify.sh`` checks all of it.
+    signatures, ``key-N.pem`` the public key of signature N where it was given, ``chain-N.pem`` its certificates, leaf
+    first, ``timestamp-N-M.tsr`` its timestamps, and ``verify.sh`` checks all of it.
 
     Args:
         envelope: The envelope.
         public_keys: Keys to put beside the signatures they made. A key that travels with a signature proves nothing
-            about who made it; ``verify.sh KEY.pem`` checks against a key from elsewhere.
+            about who made it; ``verify.sh KEY.pem`` checks against a key from elsewhere, ``verify.sh --ca ROOT.pem``
+            against an authority.
 
     Raises:
         UntrustedSignerError: keys were given, and none of them made any of the signatures.
+        BadSignatureError: what stands beside a signature is malformed.
     """
     files = [("statement.json", envelope.payload), ("pae.bin", envelope.pae)]
     matched = 0
@@ -64,6 +99,11 @@ def export_openssl(envelope: Envelope, public_keys: Sequence[PublicKey] = ()) ->
         if signer is not None:
             files.append((f"key-{number}.pem", signer.pem))
             matched += 1
+        material = signature_material(signature, number - 1)
+        if material.certificates:
+            files.append((f"chain-{number}.pem", _pem(material.certificates)))
+        for place, stamp in enumerate(material.timestamps, 1):
+            files.append((f"timestamp-{number}-{place}.tsr", stamp))
     if public_keys and not matched:
         names = ", ".join(key.keyid for key in public_keys)
         raise UntrustedSignerError(f"none of the signatures was made by {names}")
@@ -75,14 +115,23 @@ def export_openssl(envelope: Envelope, public_keys: Sequence[PublicKey] = ()) ->
 
 _SCRIPT = """#!/bin/sh
 # Checks signatures with nothing but openssl and a shell.
-#   sh verify.sh            every signature-N.bin that has a key-N.pem beside it
-#   sh verify.sh KEY.pem    that at least one signature was made by KEY.pem: use this with a key you got elsewhere
+#   sh verify.sh                  every signature-N.bin that has a key-N.pem beside it
+#   sh verify.sh KEY.pem          that at least one signature was made by KEY.pem: a key you got elsewhere
+#   sh verify.sh --ca ROOT.pem [--tsa-ca TSA.pem]
+#                                 that at least one was made by the leaf of a chain-N.pem that leads to ROOT.pem, now,
+#                                 or when a timestamp by an authority under TSA.pem says; revocation is not looked at
 # Exit codes: 0 verified, 1 not verified, 2 nothing to verify with.
 set -u
-trusted=
-if [ $# -gt 0 ]; then
-    trusted=$(realpath -- "$1") && [ -r "$trusted" ] || { echo "cannot read $1" >&2; exit 2; }
-fi
+absolute() { realpath -- "$1" && [ -r "$1" ] || { echo "cannot read $1" >&2; exit 2; }; }
+trusted= root= stamps=
+while [ $# -gt 0 ]; do
+    case $1 in
+        --ca) [ $# -gt 1 ] || exit 2; root=$(absolute "$2") || exit 2; shift ;;
+        --tsa-ca) [ $# -gt 1 ] || exit 2; stamps=$(absolute "$2") || exit 2; shift ;;
+        *) trusted=$(absolute "$1") || exit 2 ;;
+    esac
+    shift
+done
 cd -- "$(dirname -- "$0")" || exit 2
 
 # pae.bin must be the DSSE encoding of statement.json, or the signature would be over something else.
@@ -107,23 +156,57 @@ check() { # KEY SIGNATURE
     esac
 }
 
+leads() { # CHAIN [OPTION...]: to ROOT.pem and to no other root of this machine
+    chain=$1
+    shift
+    SSL_CERT_DIR=/dev/null SSL_CERT_FILE=/dev/null openssl verify -no-CApath "$@" \\
+        -CAfile "$root" -untrusted "$chain" "$chain" >/dev/null 2>&1
+}
+
+certified() { # NUMBER
+    chain=chain-$1.pem
+    openssl x509 -in "$chain" -noout -ext extendedKeyUsage 2>/dev/null | grep -q 'Code Signing' || return 1
+    leads "$chain" && return 0
+    [ -n "$stamps" ] || return 1
+    for stamp in timestamp-"$1"-*.tsr; do
+        [ -f "$stamp" ] || continue
+        SSL_CERT_DIR=/dev/null SSL_CERT_FILE=/dev/null openssl ts -verify -data "signature-$1.bin" -in "$stamp" \\
+            -CAfile "$stamps" >/dev/null 2>&1 || continue
+        when=$(openssl ts -reply -in "$stamp" -text 2>/dev/null | sed -n 's/^Time stamp: //p')
+        when=$(date -u -d "$when" +%s) || continue
+        leads "$chain" -attime "$when" && return 0
+    done
+    return 1
+}
+
+leaf=
+trap '[ -z "$leaf" ] || rm -f -- "$leaf"' EXIT
+[ -z "$root" ] || leaf=$(mktemp) || exit 2
 good=0
 bad=0
 n=1
 while [ "$n" -le @COUNT@ ]; do
     key=${trusted:-key-$n.pem}
+    named=$key
+    if [ -n "$root" ] && [ -f "chain-$n.pem" ]; then
+        key=$leaf
+        named=chain-$n.pem
+        openssl x509 -in "$named" -noout -pubkey > "$key" 2>/dev/null
+    elif [ -n "$root" ]; then
+        key=
+    fi
     if [ ! -f "$key" ]; then
-        echo "signature $n: no key to check it with"
-    elif check "$key" "signature-$n.bin"; then
-        echo "signature $n: verified with $key"
+        echo "signature $n: nothing to check it with"
+    elif check "$key" "signature-$n.bin" && { [ -z "$root" ] || certified "$n"; }; then
+        echo "signature $n: verified with $named"
         good=$((good + 1))
     else
-        echo "signature $n: NOT verified with $key" >&2
+        echo "signature $n: NOT verified with $named" >&2
         bad=$((bad + 1))
     fi
     n=$((n + 1))
 done
-[ -n "$trusted" ] && [ "$good" -gt 0 ] && exit 0
+[ -n "$trusted$root" ] && [ "$good" -gt 0 ] && exit 0
 [ "$bad" -gt 0 ] && exit 1
 [ "$good" -gt 0 ] && exit 0
 echo "no key: sh verify.sh KEY.pem" >&2

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import stat
+from collections.abc import Sequence
 from pathlib import Path
 
 from vmgraft.errors import FileError, VmgraftError
@@ -73,3 +74,30 @@ def write_new(path: Path, data: bytes, *, what: str, mode: int = 0o666) -> None:
         if isinstance(exc, OSError):
             raise FileError(f"{what} cannot be written: {exc.strerror}", file=path, hint="is there room?") from exc
         raise
+
+
+def write_folder(folder: Path, files: Sequence[tuple[str, bytes]], *, what: str) -> list[Path]:
+    """Write new files into a folder, all of them or none; the folder is made if missing, and scripts are executable.
+
+    Args:
+        folder: The folder.
+        files: Names and bytes.
+        what: What to call a file in errors.
+
+    Raises:
+        FileError: one exists or cannot be written, or the folder cannot be made; no file is left behind.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as exc:
+        raise FileError(f"cannot make the folder: {exc.strerror}", file=folder, hint="name another") from exc
+    written: list[Path] = []
+    try:
+        for name, data in files:
+            write_new(folder / name, data, what=what, mode=0o777 if name.endswith(".sh") else 0o666)
+            written.append(folder / name)
+    except BaseException:
+        for path in written:
+            path.unlink(missing_ok=True)
+        raise
+    return written

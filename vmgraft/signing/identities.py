@@ -1,7 +1,7 @@
 """Who a certificate says that it is for, and which of that a policy accepts.
 
-``x509.subject: C=US, O=Acme, CN=Release``  every attribute named must stand in the subject with exactly that value; the
-subject may have more, and order does not matter (attribute names and escapes as in RFC 4514)
+``x509.subject: C=US, O=Acme, CN=Release``  every attribute named must stand in the subject, once, with exactly that
+value; the subject may have others, and order does not matter (attribute names and escapes as in RFC 4514)
 
 ``x509.san: email:release@acme.example``    one subject alternative name (RFC 5280, 4.2.1.6), compared as a whole;
 ``uri:`` and ``dns:`` likewise
@@ -24,6 +24,7 @@ _SUBJECT: Final = "x509.subject:"
 _SAN: Final = "x509.san:"
 _SAN_KINDS: Final = ("email", "uri", "dns")
 _HINT: Final = "x509.subject: C=US, O=Acme, CN=Release; or x509.san: email:release@acme.example"
+_SPACES: Final = re.compile(r"(\\.)|, +")  # an escaped comma is no comma
 #: Longest identity accepted in a policy, in characters.
 MAX_IDENTITY: Final = 1024
 
@@ -46,7 +47,9 @@ class Identity:
         """Tell whether a certificate with this subject and these names is meant."""
         if self.san is not None:
             return self.san in sans
-        return bool(self.subject) and self.subject <= set(subject)
+        named = {oid for oid, _ in self.subject}
+        found = [pair for pair in subject if pair[0] in named]
+        return bool(self.subject) and len(found) == len(self.subject) and set(found) == self.subject
 
 
 def parse_identity(text: str, *, field: str, file: str | PathLike[str] | None = None) -> Identity:
@@ -72,7 +75,9 @@ def parse_identity(text: str, *, field: str, file: str | PathLike[str] | None = 
 
     try:
         # RFC 4514 has no spaces behind commas; everybody writes them.
-        parsed = x509.Name.from_rfc4514_string(re.sub(r"(?<!\\), +", ",", text.removeprefix(_SUBJECT).strip()))
+        parsed = x509.Name.from_rfc4514_string(
+            _SPACES.sub(lambda found: found[1] or ",", text.removeprefix(_SUBJECT).strip())
+        )
     except ValueError as exc:
         raise refuse("not a name as in RFC 4514") from exc
     pairs = name_pairs(parsed)

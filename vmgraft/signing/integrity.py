@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
-from datetime import datetime, timedelta
+from collections.abc import Collection, Iterable, Sequence
+from datetime import datetime
 
 from vmgraft.errors import (
     BadSignatureError,
@@ -14,14 +14,25 @@ from vmgraft.errors import (
     VmgraftError,
 )
 from vmgraft.signing.capabilities import covered
-from vmgraft.signing.contract import Check, ContentNames, Evidence, Report, Status, VerifiedExtension
+from vmgraft.signing.contract import (
+    CertifiedSigner,
+    Check,
+    ContentNames,
+    Evidence,
+    Report,
+    Status,
+    VerifiedExtension,
+)
 from vmgraft.signing.dsse import Envelope, parse_envelope
-from vmgraft.signing.judge import FoundExtension, Signers, find_extension, judge_signatures
+from vmgraft.signing.judge import Signers, judge_signatures
 from vmgraft.signing.keys import PublicKey
 from vmgraft.signing.manifest import lower_limits, stricter_fault
-from vmgraft.signing.policy import Grant, TrustPolicy
+from vmgraft.signing.payloads import FoundExtension, find_extension
+from vmgraft.signing.policymodel import Grant, TrustPolicy
+from vmgraft.signing.standing import CLOCK_SKEW
 from vmgraft.signing.statement import CONTENT_SUBJECT, Statement, parse_statement
 from vmgraft.signing.times import format_time
+from vmgraft.signing.truststores import TrustStore
 
 #: Every check, in order; the position is the precedence.
 CHECKS = (
@@ -42,25 +53,32 @@ CHECKS = (
     "conflicts",
     "required",
 )
-#: How far a signer's clock may be ahead of ours.
-CLOCK_SKEW = timedelta(minutes=5)
 
 
 class Run:
     """The state of one verification: what has been established, and the verdicts so far."""
 
-    def __init__(self, evidence: Evidence, keys: Iterable[PublicKey], now: datetime, check_content: bool) -> None:
+    def __init__(
+        self,
+        evidence: Evidence,
+        keys: Iterable[PublicKey],
+        now: datetime,
+        check_content: bool,
+        authorities: Sequence[TrustStore] = (),
+    ) -> None:
         self.evidence = evidence
         self.keys = list(keys)
+        self.authorities = authorities
         self.now = now
         self.check_content = check_content
         self.checks: dict[str, Check] = {}
         self.warnings: list[str] = []
-        self.signers = Signers(frozenset(), (), (), ())
+        self.signers = Signers()
         self.envelope: Envelope | None = None
         self.statement: Statement | None = None
         self.found: list[FoundExtension] = []
         self.trusted: frozenset[PublicKey] = frozenset()
+        self.certified: tuple[CertifiedSigner, ...] = ()
         self.policy: TrustPolicy | None = None
         self.grants: dict[str, Grant] = {}
         self._content: dict[bool, ContentNames] = {}
@@ -119,19 +137,23 @@ class Run:
     def _signature(self) -> bool:  # 3
         if self.envelope is None:
             return False
-        signers = self.signers = judge_signatures(self.envelope, self.keys)
-        refuted = signers.refuted or (() if signers.valid else signers.misnamed)
-        if not signers.valid and not refuted:
+        signers = self.signers = judge_signatures(self.envelope, self.keys, self.authorities, self.now)
+        believed = signers.believed
+        refuted = signers.refuted or (() if believed else signers.misnamed)
+        if not believed and not refuted:
             why = "; ".join(signers.unknown)
             self.skip("signature", f"no known key to check it with: {why}")
-            self.fail("authenticity", UntrustedSignerError(why, hint="the policy's 'keys' lack the signer's key"))
+            hint = "the policy's 'keys' lack the signer's key"
+            if self.authorities:
+                hint += ", or its 'trustStores' the root of the signer's certificate"
+            self.fail("authenticity", UntrustedSignerError(why, hint=hint))
             return False
-        good = f"{len(signers.valid)} known of {len(self.envelope.signatures)} signatures"
+        good = f"{len(believed)} known of {len(self.envelope.signatures)} signatures"
         problem = "; ".join(refuted) or None
         self.settle("signature", BadSignatureError, problem, good, "the envelope was altered")
-        self.warnings += [*signers.unknown, *signers.misnamed]
-        self.warnings += sorted(key.warning for key in signers.valid if key.warning)
-        return bool(signers.valid)
+        self.warnings += [*signers.unknown, *signers.misnamed, *signers.notes]
+        self.warnings += sorted(key.warning for key in believed if key.warning)
+        return bool(believed)
 
     def _statement(self) -> bool:  # 4: the bytes parsed are the bytes verified
         if self.envelope is None:
@@ -220,6 +242,7 @@ class Run:
             signers=tuple(sorted(key.keyid for key in self.trusted)),
             extensions=self._extensions() if ok and self.policy is not None else (),
             warnings=tuple(warned + self.warnings),
+            certified=self.certified,
         )
 
     def _extensions(self) -> tuple[VerifiedExtension, ...]:

@@ -1,17 +1,42 @@
-"""Which keys really signed an envelope, and whether the payloads found are the ones a statement names."""
+"""Which keys really signed an envelope: keys that are known, and keys that a chain beside the signature certifies.
+
+Only signatures are looked at here, and the certificates beside them: those are the one thing that is parsed before it
+is verified, within the bounds of ``material``. What the signed bytes say does not matter yet.
+"""
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import TYPE_CHECKING
 
-from vmgraft.errors import PayloadMismatchError
-from vmgraft.signing.contract import Evidence
-from vmgraft.signing.dsse import Envelope
+from vmgraft.errors import BadSignatureError, UntrustedSignerError
+from vmgraft.signing.dsse import Envelope, Signature
 from vmgraft.signing.keys import PublicKey
-from vmgraft.signing.manifest import Manifest, parse_manifest
-from vmgraft.signing.statement import ExtensionEntry, Statement
+from vmgraft.signing.material import Material, parse_material
+from vmgraft.signing.truststores import TrustStore
+
+if TYPE_CHECKING:
+    from vmgraft.signing.certificates import CertifiedKey
+
+
+@dataclass(frozen=True, slots=True)
+class Certified:
+    """A valid signature by the leaf of a chain that leads to an authority of the policy, at whatever time.
+
+    Attributes:
+        index: Which signature of the envelope it is.
+        signature: Its bytes.
+        material: What travels beside it.
+        paths: What each authority with a path says about the leaf, judged now.
+    """
+
+    index: int
+    key: PublicKey
+    signature: bytes
+    material: Material
+    paths: tuple[CertifiedKey, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,83 +45,139 @@ class Signers:
 
     Attributes:
         valid: Distinct known keys with a valid signature.
+        certified: Valid signatures by keys that an authority certifies.
         refuted: Sentences about signatures that name a known key and do not verify with it.
-        misnamed: Sentences about valid signatures under a keyid that is not the key's; they do not count.
+        misnamed: Sentences about signatures that contradict themselves: under a keyid that is not the key's, not by the
+            key of their own certificate, or with certificates that are malformed. They do not count.
         unknown: Sentences about signatures by keys nobody here knows; they do not count and do no harm.
+        notes: Sentences about what is odd beside a signature that counts.
     """
 
-    valid: frozenset[PublicKey]
-    refuted: tuple[str, ...]
-    misnamed: tuple[str, ...]
-    unknown: tuple[str, ...]
+    valid: frozenset[PublicKey] = frozenset()
+    certified: tuple[Certified, ...] = ()
+    refuted: tuple[str, ...] = ()
+    misnamed: tuple[str, ...] = ()
+    unknown: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    @property
+    def believed(self) -> frozenset[PublicKey]:
+        """Every key with a valid signature for which somebody the policy knows stands."""
+        return self.valid | {item.key for item in self.certified}
 
 
-def judge_signatures(envelope: Envelope, keys: Iterable[PublicKey]) -> Signers:
-    """Check every signature against the known keys; a keyid only helps to find the key, and never stands for it."""
-    known = {key.keyid: key for key in keys}
-    message = envelope.pae
-    valid: set[PublicKey] = set()
-    refuted, misnamed, unknown = [], [], []
+def judge_signatures(
+    envelope: Envelope, keys: Iterable[PublicKey], authorities: Sequence[TrustStore] = (), now: datetime | None = None
+) -> Signers:
+    """Check every signature; a keyid only helps to find the key, and never stands for it.
+
+    Args:
+        envelope: The envelope.
+        keys: Keys that are known.
+        authorities: Stores of type ``ca``; without any, what travels beside a signature is not looked at.
+        now: The time to judge certificates by; needed with authorities.
+    """
+    bench = _Bench(envelope.pae, {key.keyid: key for key in keys}, authorities, now)
     for index, signature in enumerate(envelope.signatures):
-        named = known.get(signature.keyid)
+        bench.judge(index, signature)
+    return Signers(
+        frozenset(bench.valid),
+        tuple(bench.certified),
+        tuple(bench.refuted),
+        tuple(bench.misnamed),
+        tuple(bench.unknown),
+        tuple(bench.notes),
+    )
+
+
+@dataclass(slots=True)
+class _Bench:
+    """Collects verdicts over the signatures of one message."""
+
+    message: bytes
+    known: dict[str, PublicKey]
+    authorities: Sequence[TrustStore]
+    now: datetime | None
+    valid: set[PublicKey] = field(default_factory=set)
+    certified: list[Certified] = field(default_factory=list)
+    refuted: list[str] = field(default_factory=list)
+    misnamed: list[str] = field(default_factory=list)
+    unknown: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def judge(self, index: int, signature: Signature) -> None:
+        """Sort one signature into the lists."""
+        named = self.known.get(signature.keyid)
         if named is not None:
-            if named.verify(message, signature.sig):
-                valid.add(named)
-            else:
-                refuted.append(f"signature {index} names {named.keyid} and is not its")
-            continue
-        signer = next((key for key in known.values() if key.verify(message, signature.sig)), None)
-        if signer is None:
-            unknown.append(f"signature {index} is by an unknown key ({signature.keyid or 'no keyid'})")
-        elif signature.keyid:
-            misnamed.append(f"signature {index} is by {signer.keyid} and names {signature.keyid}: not counted")
+            if not named.verify(self.message, signature.sig):
+                self.refuted.append(f"signature {index} names {named.keyid} and is not its")
+                return
+            signer: PublicKey | None = named
         else:
-            valid.add(signer)
-    return Signers(frozenset(valid), tuple(refuted), tuple(misnamed), tuple(unknown))
+            signer = next((key for key in self.known.values() if key.verify(self.message, signature.sig)), None)
+            if signer is not None and signature.keyid:
+                text = f"signature {index} is by {signer.keyid} and names {signature.keyid}: not counted"
+                self.misnamed.append(text)
+                return
+        if signer is not None:
+            self.valid.add(signer)
+        if self.authorities and self.now is not None and signature.extension is not None:
+            self.chain(index, signature, signer, self.now)
+        elif signer is None:
+            self.unknown.append(f"signature {index} is by an unknown key ({signature.keyid or 'no keyid'})")
+
+    def chain(self, index: int, signature: Signature, signer: PublicKey | None, now: datetime) -> None:
+        """Look at the certificates beside a signature; trouble with them takes nothing from a known key's signature."""
+        against, foreign = (self.misnamed, self.unknown) if signer is None else (self.notes, self.notes)
+        try:
+            material = parse_material(signature.extension, field=f"signatures[{index}].extension", file="envelope")
+            if material is None or not material.certificates:
+                what = "carries an extension of an unknown kind" if material is None else "carries no certificate"
+                foreign.append(f"signature {index} {what} ({signature.keyid or 'no keyid'})")
+                return
+            from vmgraft.signing.certificates import leaf_key
+
+            leaf = leaf_key(material.certificates)
+            # One signature is one key's: with ECDSA, others can be computed that it verifies with too.
+            mine = leaf.verify(self.message, signature.sig) if signer is None else leaf == signer
+            if not mine:
+                against.append(f"signature {index} is not by the key of the certificate beside it: not counted")
+            elif signature.keyid not in ("", leaf.keyid):
+                against.append(f"signature {index} is by {leaf.keyid} and names {signature.keyid}: not counted")
+            else:
+                paths = self.paths(material, now)
+                self.certified.append(Certified(index, leaf, signature.sig, material, paths))
+        except BadSignatureError as exc:
+            against.append(f"signature {index}: {exc.message}: not counted")
+        except UntrustedSignerError as exc:
+            foreign.append(f"signature {index}: {exc.message}")
+
+    def paths(self, material: Material, now: datetime) -> tuple[CertifiedKey, ...]:
+        """Return what each authority says about a chain.
+
+        Raises:
+            BadSignatureError: a certificate is malformed.
+            UntrustedSignerError: no authority has a path.
+        """
+        found, problems = [], []
+        for store in self.authorities:
+            try:
+                found.append(certify_under(store, material, at=now, now=now))
+            except UntrustedSignerError as exc:
+                problems.append(exc.message)
+        if not found:
+            raise UntrustedSignerError("; ".join(dict.fromkeys(problems)))
+        return tuple(found)
 
 
-@dataclass(frozen=True, slots=True)
-class FoundExtension:
-    """An extension whose bytes have the digests that the statement names."""
-
-    entry: ExtensionEntry
-    manifest: Manifest
-    module: bytes | None
-    module_sha256: str | None
-
-
-def find_extension(evidence: Evidence, statement: Statement, entry: ExtensionEntry) -> FoundExtension:
-    """Fetch one extension's manifest and module and compare them with the statement.
+def certify_under(store: TrustStore, material: Material, *, at: datetime, now: datetime) -> CertifiedKey:
+    """Validate a chain to one trust store.
 
     Raises:
-        PayloadMismatchError: missing, other bytes than signed, or other facts in the manifest than in the statement.
-        GraftFormatError: the manifest is not a valid one.
+        BadSignatureError: a certificate is malformed.
+        UntrustedSignerError: no path leads to it, at no time.
     """
-    manifest = parse_manifest(_fetch(evidence, entry.manifest, statement.subjects[entry.manifest]), file=entry.manifest)
-    facts = {
-        "id": (manifest.id, entry.id),
-        "version": (manifest.version, entry.version),
-        "securityVersion": (manifest.security_version, entry.security_version),
-        "generation": (manifest.generation, entry.generation),
-        "abi": (manifest.abi, entry.abi),
-    }
-    for name, (here, there) in facts.items():
-        if here != there:
-            message = f"the manifest says {here!r}, the statement {there!r}"
-            raise PayloadMismatchError(message, file=entry.manifest, field=name)
-    if (manifest.module is None) != (entry.module is None):
-        message = "manifest and statement disagree whether there is a module"
-        raise PayloadMismatchError(message, file=entry.manifest, field="module")
-    if entry.module is None:
-        return FoundExtension(entry, manifest, None, None)
-    digests = statement.subjects[entry.module]
-    return FoundExtension(entry, manifest, _fetch(evidence, entry.module, digests), digests["sha256"])
+    from vmgraft.signing.certificates import Authority, certify
 
-
-def _fetch(evidence: Evidence, name: str, digests: Mapping[str, str]) -> bytes:
-    """Return a payload after hashing it here, with every algorithm the statement names."""
-    data = evidence.payload(digests["sha256"])
-    for algorithm, expected in digests.items():
-        if hashlib.new(algorithm, data).hexdigest() != expected:
-            raise PayloadMismatchError("the stored bytes are not the signed ones", file=name, field=algorithm)
-    return data
+    authority = Authority(store.name, store.roots, store.crls, store.require_crls)
+    return certify(material.certificates, [authority], at=at, now=now)

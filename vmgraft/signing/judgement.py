@@ -18,18 +18,30 @@ from vmgraft.errors import (
 from vmgraft.signing.capabilities import Capability, covered, first_overlap
 from vmgraft.signing.contract import Check, Status
 from vmgraft.signing.integrity import Run, expiry_problem
-from vmgraft.signing.policy import Policy
+from vmgraft.signing.memory import Memory
+from vmgraft.signing.policymodel import Policy
+from vmgraft.signing.rollback import rollback_problem
+from vmgraft.signing.rules import SignatureRule, Vouch
+from vmgraft.signing.standing import Standing, reasons, take_stand
 from vmgraft.signing.statement import Statement
 from vmgraft.signing.times import format_time
 
 
 class Judgement:
-    """Steps 7 to 16: what the policy says about a statement whose integrity was looked at."""
+    """Steps 7 to 16: what the policy says about a statement whose integrity was looked at.
 
-    def __init__(self, run: Run, policy: Policy, image_name: str) -> None:
+    ``standing``, ``tree`` and ``tied`` stay for those who want to know why.
+    """
+
+    def __init__(self, run: Run, policy: Policy, image_name: str, memory: Memory | None = None) -> None:
         self.run = run
         self.policy = policy
         self.image_name = image_name
+        self.memory = memory
+        self.standing = Standing()
+        self.rule = SignatureRule(frozenset(), frozenset(), 0)
+        self.tree: bytes | None = None
+        self.tied = False
 
     def steps(self) -> None:
         """Make every check there is ground for."""
@@ -48,12 +60,13 @@ class Judgement:
 
     def _scope(self, statement: Statement) -> None:  # 7
         try:
-            tree = None if statement.image is None else statement.image.tree_digest
-            if tree is None and self.policy.wants_tree:
-                tree = self.run.content(False).tree_digest
+            self.tree = None if statement.image is None else statement.image.tree_digest
+            if self.tree is None and self.policy.wants_tree:
+                self.tree = self.run.content(False).tree_digest
             ids = [entry.id for entry in statement.extensions]
-            self.run.policy = self.policy.select(self.image_name, tree, ids)
+            self.run.policy = self.policy.select(self.image_name, self.tree, ids)
         except VmgraftError as exc:
+            self.tied = isinstance(exc, PolicyError)
             self.run.fail("scope", exc)
             return
         self.run.grants = dict(self.run.policy.grants)
@@ -63,18 +76,56 @@ class Judgement:
         chosen = self.run.policy
         if chosen is None:
             return
-        problem = chosen.signatures.problem(self.run.signers.valid)
-        self.run.settle("authenticity", UntrustedSignerError, problem, "signed as the policy demands")
-        revoked = self.policy.revocations.keys
-        trusted = self.run.signers.valid & chosen.signatures.keys
-        self.run.trusted = frozenset(key for key in trusted if key.keyid not in revoked)
+        self.rule = chosen.signatures
+        standing = self.standing = take_stand(self.run.signers, self.policy, chosen, self.run.now)
+        problem = self.rule.problem(standing.signed)
+        hint = None
+        if problem is not None:
+            missing = ", ".join(self.rule.missing(standing.signed))
+            hint = f"signatures by {missing}" if missing else "signatures by more different keys"
+            hint += f"; or another rule under signatures of the trust policy {chosen.name}"
+            problem = "; ".join([problem, *standing.unmet])
+        else:
+            self.run.warnings += [f"not counted: {text}" for text in standing.unmet]
+        self.run.warnings += standing.notes
+        if problem is not None and not standing.signed:  # not even a policy that only logs lets nobody's signature pass
+            self.run.fail("authenticity", UntrustedSignerError(problem, hint=hint))
+        else:
+            self.run.settle("authenticity", UntrustedSignerError, problem, "signed as the policy demands", hint)
+        self._believe(chosen.logs("expiry"))
+
+    def _believe(self, expired_count: bool) -> None:
+        """Name the trusted signers: those that the rule names, not revoked, and not expired where that matters."""
+        standing = self.standing
+        trusted = {vouch for vouch in standing.signed if self.rule.names(vouch) and vouch not in standing.revoked}
+        if not expired_count:
+            trusted -= standing.expired.keys()
+        self.run.trusted = frozenset(vouch.key for vouch in trusted)
+        certified = [standing.certified[vouch] for vouch in trusted if vouch in standing.certified]
+        self.run.certified = tuple(sorted(certified, key=lambda item: (item.keyid, item.authority)))
+
+    def _lost(self, signed: set[Vouch], gone: set[Vouch]) -> str | None:
+        """Say why the rule does not hold without some signatures, where it is for their lack that it does not."""
+        if not gone:
+            return None
+        left = self.rule.problem(signed - gone)
+        return left if left is not None and (signed == gone or self.rule.problem(signed) is None) else None
 
     def _expiry(self, statement: Statement) -> None:  # 9
         until = "never expires" if statement.expires is None else f"valid until {format_time(statement.expires)}"
-        self.run.settle("expiry", ExpiredError, expiry_problem(statement, self.run.now), until)
+        problem = expiry_problem(statement, self.run.now)
+        problems, hint = [problem] if problem is not None else [], None
+        expired = self.standing.signed & self.standing.expired.keys()
+        left = self._lost(self.standing.signed, expired)
+        if left is not None:
+            problems.append(f"{reasons(self.standing.expired, expired)}; without it: {left}")
+            hint = "a timestamp from a time when the certificate was valid, by a tsa: store of the trust policy"
+        elif expired:
+            self.run.warnings.append(f"not counted: {reasons(self.standing.expired, expired)}")
+        self.run.settle("expiry", ExpiredError, "; ".join(problems) or None, until, hint)
 
     def _revocation(self, statement: Statement) -> None:  # 10
-        revocations, chosen = self.policy.revocations, self.run.policy
+        revocations = self.policy.revocations
         problems = []
         payload = b"" if self.run.envelope is None else self.run.envelope.payload
         if hashlib.sha256(payload).hexdigest() in revocations.statements:
@@ -86,27 +137,35 @@ class Judgement:
             lowest = revocations.min_generation.get(entry.id, 0)
             if entry.generation < lowest:
                 problems.append(f"generation {entry.generation} of {entry.id} is revoked, {lowest} is the lowest")
-        gone = frozenset(key for key in self.run.signers.valid if key.keyid in revocations.keys)
-        if chosen is not None and gone:
-            signers = self.run.signers.valid
-            left = chosen.signatures.problem(signers - gone)
-            if left is not None and (signers == gone or chosen.signatures.problem(signers) is None):
-                names = ", ".join(sorted(key.keyid for key in gone))
-                problems.append(f"the key {names} is revoked; without it: {left}")
-            else:
-                self.run.warnings += sorted(f"signed by the revoked key {key.keyid}: not counted" for key in gone)
+        problems += self._revoked_signers()
         self.run.settle("revocation", RevokedError, "; ".join(problems) or None, "nothing is revoked")
+
+    def _revoked_signers(self) -> list[str]:
+        """Say what is wrong for want of revoked signers; expired ones do not stand in where the others suffice."""
+        signed = self.standing.signed
+        current = signed - self.standing.expired.keys()
+        if self.rule.problem(current) is None:
+            signed = current
+        gone = signed & self.standing.revoked.keys()
+        left = self._lost(signed, gone)
+        if left is not None:
+            return [f"{reasons(self.standing.revoked, gone)}; without it: {left}"]
+        self.run.warnings += sorted(
+            f"signed by the revoked key {vouch.key.keyid}: not counted ({self.standing.revoked[vouch]})"
+            for vouch in gone
+        )
+        return []
 
     def _rollback(self, statement: Statement) -> None:  # 11
         if self.run.policy is None:
             return
-        lowest = self.run.policy.min_security_version
-        low = [
-            f"{entry.id} has security version {entry.security_version}, {lowest[entry.id]} is the lowest"
-            for entry in statement.extensions
-            if entry.security_version < lowest.get(entry.id, 0)
-        ]
-        self.run.settle("rollback", RollbackError, "; ".join(low) or None, "no extension is too old")
+        try:
+            found = rollback_problem(statement, self.run.policy, self.memory)
+        except VmgraftError as exc:
+            self.run.fail("rollback", exc)
+            return
+        self.run.warnings += found.notes
+        self.run.settle("rollback", RollbackError, found.problem, "no extension is too old", found.hint)
 
     def _policy(self) -> None:  # 12
         expires, problem = self.policy.expires, None

@@ -10,7 +10,7 @@ from os import PathLike
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-from vmgraft.errors import FileError, UnsupportedError, UsageError
+from vmgraft.errors import FileError, UsageError
 from vmgraft.signing.files import read_regular, write_new
 from vmgraft.signing.keys import MAX_PEM, PrivateKey, PublicKey, is_encrypted, private_from_pem, public_from_pem
 
@@ -19,7 +19,8 @@ PASSPHRASE_VARIABLE = "VMGRAFT_PASSPHRASE"  # noqa: S105 - the name of a variabl
 #: Longest passphrase accepted, in bytes.
 MAX_PASSPHRASE = 1024
 
-_OTHER_SCHEMES = re.compile(r"(pkcs11|awskms|gcpkms|azurekms|hv|exec):", re.IGNORECASE)
+#: What ``--key`` takes beside paths and ``file:`` URIs (``signers``).
+OTHER_SCHEMES = re.compile(r"(pkcs11|awskms|gcpkms|azurekms|hv|exec):", re.IGNORECASE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,13 +88,19 @@ def key_path(reference: str | PathLike[str]) -> Path:
     """Return the path that ``--key`` names: a path as it is, or a ``file:`` URI (RFC 8089).
 
     Raises:
-        UsageError: a ``file:`` URI with a host, query or fragment, or without a path.
-        UnsupportedError: a kind of key this release cannot use.
+        UsageError: a ``file:`` URI with a host, query or fragment, or without a path; or a key that is no file.
     """
     text = os.fspath(reference)
-    if _OTHER_SCHEMES.match(text):
-        scheme = text.split(":", 1)[0]
-        raise UnsupportedError(f"{scheme}: keys are not supported in this release", hint="use a key file")
+    try:
+        os.fsencode(text)
+    except UnicodeEncodeError as exc:
+        raise UsageError("a file name cannot hold lone surrogates", field="key") from exc
+    if "\0" in text:
+        raise UsageError("a file name cannot hold a NUL", field="key")
+    if OTHER_SCHEMES.match(text):
+        scheme = text.split(":", 1)[0].lower()
+        hint = f"{scheme}: keys sign with --key; name a public key's file here (a file of that name: ./{scheme}:...)"
+        raise UsageError(f"{scheme}: does not name a key file", field="key", hint=hint)
     if not text.lower().startswith("file:"):
         return Path(text)
     parts = urlsplit(text)

@@ -4,7 +4,7 @@
 kind     algorithm                               signature
 ======== ======================================= =========================================
 p256     ECDSA P-256, SHA-256                    DER (RFC 3279, 2.2.3), about 71 bytes
-p384     ECDSA P-384, SHA-384 (verify, warns)    DER, about 103 bytes
+p384     ECDSA P-384, SHA-384 (with a warning)   DER, about 103 bytes
 ed25519  Ed25519 (RFC 8032)                      64 bytes
 rsa      RSA PKCS#1 v1.5, SHA-256, 3072-8192 bit  384 bytes and more
 mldsa65  ML-DSA-65, empty context (FIPS 204)     3309 bytes
@@ -23,7 +23,8 @@ from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, padding, rsa
 
-from vmgraft.errors import FileError, UnsupportedError, UsageError, VmgraftError
+from vmgraft.errors import BadSignatureError, FileError, UnsupportedError, UsageError, VmgraftError
+from vmgraft.signing.pkcs8 import MAX_ROUNDS, encrypt_pkcs8, pbkdf2_rounds
 
 try:
     from cryptography.hazmat.primitives.asymmetric import mldsa
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
 
 Kind = Literal["p256", "p384", "ed25519", "rsa", "mldsa65"]
 #: What ``generate`` makes.
-GENERATED_KINDS = ("p256", "ed25519", "rsa3072", "mldsa65")
+GENERATED_KINDS = ("p256", "p384", "ed25519", "rsa3072", "rsa4096", "mldsa65")
 #: Smallest RSA modulus accepted (NIST SP 800-57 part 1, table 2: 128-bit strength), in bits.
 MIN_RSA_BITS = 3072
 #: Largest RSA modulus accepted, in bits: verification time grows with its square.
@@ -90,6 +91,14 @@ class PublicKey:
         return self._key.public_bytes(encoding, form)
 
     @property
+    def bits(self) -> int:
+        """Size as ``ssh-keygen -l`` counts it: the field of a curve, the modulus of RSA; of ML-DSA the encoded key."""
+        key = self._key
+        if isinstance(key, ec.EllipticCurvePublicKey | rsa.RSAPublicKey):
+            return key.key_size
+        return 8 * len(key.public_bytes_raw())
+
+    @property
     def warning(self) -> str | None:
         """What speaks against this kind of key, or None."""
         if self.kind == "p384":
@@ -110,6 +119,33 @@ class PublicKey:
             return False
         return True
 
+    def check_made(self, message: bytes, signature: bytes, *, by: str) -> bytes:
+        """Return a signature that something else has just made with this key, or refuse it.
+
+        Args:
+            message: What was to be signed.
+            signature: What came back.
+            by: Who made it, for the message.
+
+        Raises:
+            BadSignatureError: it does not verify.
+        """
+        if self.verify(message, signature):
+            return signature
+        key, hint = self._key, "is the public key given the one of the key that signs?"
+        if isinstance(key, ec.EllipticCurvePublicKey):
+            digest = "SHA-384" if self.kind == "p384" else "SHA-256"
+            hint = f"ECDSA over {digest} of the whole message, in DER (ECDSA-Sig-Value); {hint}"
+            if len(signature) == 2 * ((key.key_size + 7) // 8):
+                hint = "it is as long as r and s side by side; they are expected in DER (ECDSA-Sig-Value)"
+        elif isinstance(key, rsa.RSAPublicKey):
+            hint = f"PKCS#1 v1.5 over SHA-256 of the whole message, not PSS; {hint}"
+        raise BadSignatureError(
+            f"the signature of {len(signature)} bytes that {by} made does not verify with {self.keyid}",
+            field="key",
+            hint=hint,
+        )
+
 
 def _ecdsa(curve: ec.EllipticCurve) -> ec.ECDSA:
     return ec.ECDSA(hashes.SHA384() if isinstance(curve, ec.SECP384R1) else hashes.SHA256())
@@ -126,6 +162,11 @@ class PrivateKey:
     def keyid(self) -> str:
         """The keyid of the public half."""
         return self.public.keyid
+
+    @property
+    def certificates(self) -> tuple[bytes, ...]:
+        """None: a bare key."""
+        return ()
 
     def sign(self, message: bytes) -> bytes:
         """Sign a message and check the signature before handing it out.
@@ -145,11 +186,11 @@ class PrivateKey:
         return signature
 
     def pem(self, passphrase: bytes | None) -> bytes:
-        """Return the key as PEM PKCS#8 (RFC 5958), encrypted unless ``passphrase`` is None."""
-        encryption: serialization.KeySerializationEncryption = serialization.NoEncryption()
-        if passphrase is not None:
-            encryption = serialization.BestAvailableEncryption(passphrase)
-        return self._key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, encryption)
+        """Return the key as PEM PKCS#8 (RFC 5958), encrypted (``pkcs8``) unless ``passphrase`` is None."""
+        form, none = serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+        if passphrase is None:
+            return self._key.private_bytes(serialization.Encoding.PEM, form, none)
+        return encrypt_pkcs8(self._key.private_bytes(serialization.Encoding.DER, form, none), passphrase)
 
 
 def _wrap_public(key: object, file: _PathOrNone, error: type[VmgraftError]) -> PublicKey:
@@ -192,8 +233,10 @@ def generate(kind: str = "p256") -> PrivateKey:
             key = ec.generate_private_key(ec.SECP256R1())
         case "ed25519":
             key = ed25519.Ed25519PrivateKey.generate()
-        case "rsa3072":
-            key = rsa.generate_private_key(public_exponent=65537, key_size=3072)
+        case "p384":
+            key = ec.generate_private_key(ec.SECP384R1())
+        case "rsa3072" | "rsa4096":
+            key = rsa.generate_private_key(public_exponent=65537, key_size=int(kind.removeprefix("rsa")))
         case "mldsa65":
             key = _generate_mldsa65()
         case _:
@@ -263,6 +306,9 @@ def private_from_pem(data: bytes, passphrase: bytes | None, *, file: _PathOrNone
     encrypted = is_encrypted(data)
     if encrypted and not passphrase:
         raise UsageError("the key is encrypted and no passphrase was given", file=file)
+    if encrypted and (pbkdf2_rounds(data) or 0) > MAX_ROUNDS:
+        message = f"the passphrase is stretched by more than {MAX_ROUNDS} rounds of PBKDF2"
+        raise FileError(message, file=file, hint="openssl pkcs8 -topk8 -iter 600000 writes the key anew")
     try:
         key = serialization.load_pem_private_key(data, passphrase if encrypted else None)
     except (ValueError, TypeError, UnsupportedAlgorithm) as exc:

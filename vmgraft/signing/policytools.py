@@ -11,7 +11,7 @@ from typing import Any
 from vmgraft.errors import PolicyError, UsageError
 from vmgraft.signing.keys import PublicKey
 from vmgraft.signing.manifest import Manifest
-from vmgraft.signing.policy import Policy, TrustPolicy, parse_policy
+from vmgraft.signing.policy import parse_policy
 from vmgraft.signing.report import limits_document
 from vmgraft.signing.times import format_time
 
@@ -46,6 +46,8 @@ def init_policy(
     binding: str = "image",
     require: bool = False,
     expires: datetime | None = None,
+    stores: Sequence[Mapping[str, Any]] = (),
+    identities: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Return a strict policy with one entry; ``format_policy`` gives the bytes of the file.
 
@@ -59,17 +61,22 @@ def init_policy(
         binding: ``image``, or ``any`` to accept portable statements too.
         require: Demand that each extension in ``grants`` is present.
         expires: When the policy file ends.
+        stores: Authorities to trust, as ``truststores.store_document`` makes them; each of type ``ca`` may sign too.
+        identities: Whose certificates by those authorities count.
 
     Raises:
-        UsageError: no key was given, the same extension twice, or the parts do not make a valid policy.
+        UsageError: neither key nor authority was given, the same extension twice, or the parts make no valid policy.
     """
-    _check_request(keys, grants)
+    authorities = [f"ca:{store['name']}" for store in stores if store["type"] == "ca"]
+    _check_request([*keys, *authorities], grants)
     entry: dict[str, Any] = {
         "name": name,
         "imageScopes": list(image_scopes),
         "extensionScopes": list(extension_scopes),
         "signatureVerification": {"level": "strict"},
-        "signatures": {"anyOf": {"minimumMatches": minimum, "of": [f"key:{key.keyid}" for key in keys.values()]}},
+        "signatures": {
+            "anyOf": {"minimumMatches": minimum, "of": [*(f"key:{key.keyid}" for key in keys.values()), *authorities]}
+        },
         "binding": binding,
         "requireExtensions": [manifest.id for manifest in grants] if require else [],
         "minSecurityVersion": {manifest.id: manifest.security_version for manifest in grants},
@@ -82,6 +89,11 @@ def init_policy(
         "trustPolicies": [entry],
         "revocations": {"keys": [], "statements": [], "payloads": [], "minGeneration": {}},
     }
+    if stores:
+        document["trustStores"] = [dict(store) for store in stores]
+        entry["trustStores"] = [f"{store['type']}:{store['name']}" for store in stores]
+    if identities:
+        entry["trustedIdentities"] = list(identities)
     if expires is not None:
         document["expires"] = format_time(expires)
     try:
@@ -91,10 +103,10 @@ def init_policy(
     return document
 
 
-def _check_request(keys: Mapping[str, PublicKey], grants: Sequence[Manifest]) -> None:
+def _check_request(signatories: Sequence[str], grants: Sequence[Manifest]) -> None:
     """Refuse what makes no policy; a dictionary would silently keep the last of two manifests."""
-    if not keys:
-        raise UsageError("a policy needs at least one key to trust")
+    if not signatories:
+        raise UsageError("a policy needs at least one key or authority to trust")
     ids = [manifest.id for manifest in grants]
     twice = next((item for item in ids if ids.count(item) > 1), None)
     if twice is not None:
@@ -112,61 +124,3 @@ def _grant(manifest: Manifest) -> dict[str, Any]:
 def format_policy(document: Mapping[str, Any]) -> bytes:
     """Return the bytes of a policy file: indented, in the order given, one newline at the end."""
     return json.dumps(document, indent=2, ensure_ascii=False).encode("utf-8") + b"\n"
-
-
-def check_policy(policy: Policy, *, now: datetime | None = None) -> list[str]:
-    """Return what looks wrong in a valid policy, one sentence each.
-
-    Args:
-        policy: The policy.
-        now: The time to judge its expiry by; None leaves that out.
-    """
-    found = []
-    if now is not None and policy.expires is not None and now >= policy.expires:
-        found.append(f"the policy expired at {format_time(policy.expires)}: everything is refused")
-    used = {key for entry in policy.trust_policies for key in entry.signatures.keys}
-    found += [f"the key {named.name} is used by no trust policy" for named in policy.keys if named.key not in used]
-    found += [named.key.warning for named in policy.keys if named.key.warning is not None]
-    for entry in policy.trust_policies:
-        found += [f"{entry.name}: {problem}" for problem in _entry_problems(entry, policy)]
-    return found + _twins(policy)
-
-
-def _entry_problems(entry: TrustPolicy, policy: Policy) -> list[str]:
-    found = []
-    revoked = frozenset(key for key in entry.signatures.keys if key.keyid in policy.revocations.keys)
-    problem = entry.signatures.problem(entry.signatures.keys - revoked)
-    if problem is not None:
-        found.append(f"can never be satisfied, since keys it needs are revoked: {problem}")
-    elif revoked:
-        found.append("names revoked keys: " + ", ".join(sorted(key.keyid for key in revoked)))
-    lists = {
-        "requireExtensions": entry.require_extensions,
-        "minSecurityVersion": entry.min_security_version,
-        "grants": entry.grants,
-    }
-    for name, extensions in lists.items():
-        outside = sorted(extension for extension in extensions if not entry.in_scope(extension))
-        if outside:
-            effect = "can never be satisfied" if name == "requireExtensions" else "has no effect"
-            found.append(f"{name} {effect} for {', '.join(outside)}: outside extensionScopes")
-    if entry.level != "strict":
-        found.append(f"the level {entry.level} turns failures into warnings")
-    relaxed = sorted(check for check, action in entry.override.items() if action == "log")
-    if relaxed:
-        found.append("only logs: " + ", ".join(relaxed))
-    if not entry.grants:
-        found.append("grants nothing: extensions that claim anything are refused")
-    return found
-
-
-def _twins(policy: Policy) -> list[str]:
-    """Find policies that tie for the same images and extensions, and so refuse them."""
-    found = []
-    for index, one in enumerate(policy.trust_policies):
-        for other in policy.trust_policies[index + 1 :]:
-            images = sorted({s.text for s in one.image_scopes} & {s.text for s in other.image_scopes})
-            extensions = set(one.extension_scopes) & set(other.extension_scopes)
-            if images and (extensions or "*" in {*one.extension_scopes, *other.extension_scopes}):
-                found.append(f"{one.name} and {other.name} tie for {', '.join(images)}: such images are refused")
-    return found

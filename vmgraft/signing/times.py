@@ -9,7 +9,7 @@ from os import PathLike
 from vmgraft.errors import UsageError, VmgraftError
 
 _FORM = "%Y-%m-%dT%H:%M:%SZ"
-_SHAPE = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}Z")
+_SHAPE = re.compile(r"([0-9]{4})-([0-9]{2})-([0-9]{2})T([0-9]{2}):([0-9]{2}):([0-9]{2})Z")
 
 
 def format_time(when: datetime) -> str:
@@ -31,10 +31,12 @@ def parse_time(
         VmgraftError: (of class ``error``) another form, or no such time.
     """
     problem = error(f"{text[:32]!r} is not a time", file=file, field=field, hint="for example 2026-11-22T15:00:00Z")
-    if _SHAPE.fullmatch(text) is None:
+    match = _SHAPE.fullmatch(text)
+    if match is None:
         raise problem
+    year, month, day, hour, minute, second = map(int, match.groups())
     try:
-        return datetime.strptime(text, _FORM).replace(tzinfo=UTC)
+        return datetime(year, month, day, hour, minute, second, tzinfo=UTC)
     except ValueError as exc:
         raise problem from exc
 

@@ -4,15 +4,15 @@ The steps, in order; the same numbers stand in the code. Each ends in one named 
 
  1. ``format``        the record is structurally sound
  2. ``envelope``      there is exactly one, and it is well-formed
- 3. ``signature``     at least one signature by a known key is valid, and none that names a known key is not
+ 3. ``signature``     one by a known or certified key is valid, and none that names a known key is not
  4. ``statement``     the signed bytes, and no others, parse as a statement
  5. ``payloads``      every manifest and module has the signed digest and the signed facts
  6. ``content``       the guest content has the signed digests
  7. ``scope``         exactly one trust policy applies to this image and these extensions
- 8. ``authenticity``  the keys that policy demands have signed, counted by distinct key
- 9. ``expiry``        the statement is valid at this time
-10. ``revocation``    no key needed, statement, payload or generation is revoked
-11. ``rollback``      no extension is below the demanded security version
+ 8. ``authenticity``  the keys that policy demands, or keys certified for it, have signed, counted by distinct key
+ 9. ``expiry``        statement and needed certificates are valid at this time, certificates also at a trusted timestamp
+10. ``revocation``    no key or certificate needed, statement, payload or generation is revoked
+11. ``rollback``      no extension is below the demanded or remembered security version, or too far above the latter
 12. ``policy``        the policy file itself is in force
 13. ``binding``       the statement is bound to the image where the policy demands it
 14. ``capabilities``  everything declared is granted
@@ -34,17 +34,25 @@ from vmgraft.signing.contract import Evidence, Report
 from vmgraft.signing.integrity import CHECKS, Run, expiry_problem
 from vmgraft.signing.judgement import Judgement
 from vmgraft.signing.keys import PublicKey
-from vmgraft.signing.policy import Policy, SignatureRule
+from vmgraft.signing.memory import Memory
+from vmgraft.signing.policymodel import Policy
+from vmgraft.signing.rules import SignatureRule, Vouch
 from vmgraft.signing.times import require_zone
 
 #: Checks that a verification never does without.
-_ALWAYS = tuple(name for name in CHECKS if name != "content")
+NEEDED = tuple(name for name in CHECKS if name != "content")
 #: Checks that ``self_check`` never does without.
 _OF_SELF_CHECK = ("format", "envelope", "signature", "statement", "payloads", "authenticity", "expiry")
 
 
 def verify_evidence(
-    evidence: Evidence, policy: Policy, *, image_name: str, now: datetime, check_content: bool = True
+    evidence: Evidence,
+    policy: Policy,
+    *,
+    image_name: str,
+    now: datetime,
+    check_content: bool = True,
+    memory: Memory | None = None,
 ) -> Report:
     """Verify a graft against a trust policy; every check is reported, also after a failure.
 
@@ -55,14 +63,33 @@ def verify_evidence(
         now: The time to judge by, with its zone.
         check_content: Read and hash the whole guest content. A host that checks each block against the signed tree when
             it is first read says False; nobody else should.
+        memory: The highest security versions that were accepted before, where a host keeps them. It is only read.
 
     Raises:
         UsageError: ``now`` has no zone.
     """
-    run = Run(evidence, [named.key for named in policy.keys], require_zone(now), check_content)
+    judgement = judge_evidence(
+        evidence, policy, image_name=image_name, now=now, check_content=check_content, memory=memory
+    )
+    return judgement.run.report(NEEDED)
+
+
+def judge_evidence(
+    evidence: Evidence,
+    policy: Policy,
+    *,
+    image_name: str,
+    now: datetime,
+    check_content: bool = True,
+    memory: Memory | None = None,
+) -> Judgement:
+    """Make every check and return all that was found out; arguments and errors as ``verify_evidence``."""
+    keys = [named.key for named in policy.keys]
+    run = Run(evidence, keys, require_zone(now), check_content, policy.authorities)
     run.integrity()
-    Judgement(run, policy, image_name.rsplit("/", 1)[-1]).steps()
-    return run.report(_ALWAYS)
+    judgement = Judgement(run, policy, image_name.rsplit("/", 1)[-1], memory)
+    judgement.steps()
+    return judgement
 
 
 def self_check(
@@ -79,7 +106,8 @@ def self_check(
     run.integrity()
     if run.statement is not None:
         rule = SignatureRule(frozenset(public_keys), frozenset(), 0)
-        run.settle("authenticity", UntrustedSignerError, rule.problem(run.signers.valid), "every key has signed")
+        signed = [Vouch(key) for key in run.signers.valid]
+        run.settle("authenticity", UntrustedSignerError, rule.problem(signed), "every key has signed")
         run.settle("expiry", ExpiredError, expiry_problem(run.statement, run.now), "valid at this time")
         run.trusted = run.signers.valid
     return run.report(_OF_SELF_CHECK)

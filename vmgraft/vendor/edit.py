@@ -16,14 +16,13 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vmgraft.errors import GraftFormatError, RollbackError, UsageError
+from vmgraft.errors import RollbackError, UsageError
 from vmgraft.imagefmt.contract import PROBE, ContentDigest, Opening, Placement, Progress
 from vmgraft.imagefmt.graft import Graft, open_graft, open_image
 from vmgraft.imagefmt.record import SectionKind
@@ -32,10 +31,10 @@ from vmgraft.imagefmt.tree import FLAT_AUTO_LIMIT
 from vmgraft.signing.manifest import parse_manifest
 from vmgraft.signing.statement import CONTENT_SUBJECT
 from vmgraft.vendor.graft import Attached
+from vmgraft.vendor.inplace import editable, record_digest, same_placement
 from vmgraft.vendor.oldgraft import OldGraft, check_content, read_old_graft
 from vmgraft.vendor.pack import Package
 from vmgraft.vendor.seal import Terms, lay_out, make_statement, preflight, sign, verify_written
-from vmgraft.vendor.workcopy import work_copy
 
 if TYPE_CHECKING:
     from vmgraft.imagefmt.tree import FlatMode
@@ -237,7 +236,7 @@ def _edit(
         )
     trusted = {key.public for key in keys} | set(options.trust)
     now = datetime.now(UTC)
-    with _target(image, options) as target:
+    with editable(image, options.output) as target:
         finish_change(target, options.opening)  # 1
         with open_image(target, options.opening) as opened:
             graft = open_graft(opened, progress=progress)
@@ -251,8 +250,8 @@ def _edit(
         located = replace_sections(  # 6
             target,
             lay_out(packages, sign(statement, keys)),
-            old=_record_digest(graft),
-            placement=options.placement or _same_placement(graft),
+            old=record_digest(graft),
+            placement=options.placement or same_placement(graft),
             tree_digest=content.tree_digest,
             keep=(SectionKind.FILES,),
             check=lambda: verify_written(target, keys, options.opening),
@@ -262,16 +261,6 @@ def _edit(
     digest = hashlib.sha256(statement).hexdigest()
     attached = Attached(options.output or image, located, digest, content, keyids)
     return Edited(attached, tuple(packages), tuple(item for item in old.signers if item not in keyids))
-
-
-@contextmanager
-def _target(image: Path, options: EditOptions) -> Iterator[Path]:
-    """Yield the file to edit: the image itself, or a fresh copy that goes away when something fails."""
-    if options.output is None:
-        yield image
-        return
-    with work_copy(image, options.output) as work:
-        yield work
 
 
 def _content(
@@ -287,15 +276,3 @@ def _content(
     content = graft.content(had_flat or wanted)
     check_content(graft, trusted, now)
     return content if wanted else dataclasses.replace(content, flat=None)
-
-
-def _record_digest(graft: Graft) -> bytes:
-    if graft.located.record is None:
-        raise GraftFormatError("the graft has no record", file=graft.image.path)
-    return graft.located.record.sha256
-
-
-def _same_placement(graft: Graft) -> Placement:
-    """A sidecar stays one; an inline record may have to become one."""
-    locator = graft.located.locator
-    return Placement.SIDECAR if locator is not None and locator.placement is Placement.SIDECAR else Placement.AUTO

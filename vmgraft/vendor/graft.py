@@ -90,7 +90,7 @@ def attach(
             tree_digest=content.tree_digest,
             opening=options.opening,
         )
-        with _taken_back_on_failure(target, options):
+        with taken_back_on_failure(target, options):
             _verify_written(target, keys, options.opening)
     digest = hashlib.sha256(statement).hexdigest()
     return Attached(options.output or image, located, digest, content, tuple(key.keyid for key in keys))
@@ -134,9 +134,7 @@ def check_detach_ids(image: Path, ids: Sequence[str], opening: Opening = PROBE) 
 
 
 @contextmanager
-def _target(
-    image: Path, packages: Sequence[Package], keys: Sequence[Signer], options: AttachOptions
-) -> Iterator[Path]:
+def _target(image: Path, packages: Sequence[Package], keys: Sequence[Signer], options: AttachOptions) -> Iterator[Path]:
     """Yield the file to graft: the image itself, or a fresh copy that goes away when something fails."""
     refuse_grafted(image, options.opening)
     if options.placement is Placement.INLINE:
@@ -149,7 +147,7 @@ def _target(
 
 
 @contextmanager
-def _taken_back_on_failure(target: Path, options: AttachOptions) -> Iterator[None]:
+def taken_back_on_failure(target: Path, options: AttachOptions) -> Iterator[None]:
     """Take the graft away again when the block fails, Ctrl-C included; a copy goes away as a whole anyway."""
     try:
         yield

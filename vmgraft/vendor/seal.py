@@ -48,20 +48,31 @@ def preflight(packages: Sequence[Package], keys: Sequence[Signer], terms: Terms,
     """
     if not packages or not keys:
         raise UsageError("a graft needs at least one extension and one key")
+    if len(keys) > MAX_SIGNATURES:
+        raise UsageError(f"{len(keys)} keys, at most {MAX_SIGNATURES} signatures allowed", field="key")
+    if len({key.keyid for key in keys}) != len(keys):
+        raise UsageError("the same key is given twice", field="key", hint="name each key once")
+    check_terms(packages, terms, now)
+
+
+def check_terms(packages: Sequence[Package], terms: Terms, now: datetime) -> None:
+    """Refuse a statement that can never be made, whoever is to sign it.
+
+    Raises:
+        UsageError: no extension, too many, the same one twice, two claims that overlap, or an end in the past.
+    """
+    if not packages:
+        raise UsageError("a graft needs at least one extension")
     if len(packages) > MAX_EXTENSIONS:
         raise UsageError(
             f"{len(packages)} extensions, at most {MAX_EXTENSIONS} allowed in an image",
             field="extensions",
             hint="put several functions into one extension",
         )
-    if len(keys) > MAX_SIGNATURES:
-        raise UsageError(f"{len(keys)} keys, at most {MAX_SIGNATURES} signatures allowed", field="key")
     ids = [package.id for package in packages]
     twice = next((item for item in ids if ids.count(item) > 1), None)
     if twice is not None:
         raise UsageError(f"the extension {twice} is given twice", field="extensions", hint="an id stands for one")
-    if len({key.keyid for key in keys}) != len(keys):
-        raise UsageError("the same key is given twice", field="key", hint="name each key once")
     if terms.expires is not None and terms.expires <= now:
         raise UsageError("the end of validity lies in the past", field="expires", hint="name a later time, in UTC")
     parts = [(package.manifest, package.module) for package in packages]

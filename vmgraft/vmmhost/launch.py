@@ -20,7 +20,7 @@ from vmgraft.errors import NotBootableError, RequiredExtensionError, Unsupported
 from vmgraft.imagefmt.contract import Image, Progress
 from vmgraft.imagefmt.graft import Graft, open_graft, open_image
 from vmgraft.signing.contract import Report
-from vmgraft.signing.policy import Policy, load_policy
+from vmgraft.signing.policy import Policy
 from vmgraft.signing.verify import verify_evidence
 from vmgraft.vmmhost.audit import AuditLog
 from vmgraft.vmmhost.core.boot import BootSource
@@ -30,10 +30,12 @@ from vmgraft.vmmhost.core.machine import END_SIGNALS, Machine, MachineResult
 from vmgraft.vmmhost.core.probe import Engine
 from vmgraft.vmmhost.layer.abi import Event
 from vmgraft.vmmhost.layer.client import ExtensionHost
+from vmgraft.vmmhost.layer.proxy import State
 from vmgraft.vmmhost.layer.sandbox import confine_host
 from vmgraft.vmmhost.layer.spec import ExtensionSpec
 from vmgraft.vmmhost.layer.zygote import Zygote
 from vmgraft.vmmhost.plan import LaunchPlan, RunOptions, check_claims, to_spec
+from vmgraft.vmmhost.remember import RunMemory
 
 #: Ends of a guest that are failures, as error codes (docs/exit-codes.md).
 _FAILURES: Final = {
@@ -55,6 +57,7 @@ class RunReport:
     confinement: list[str] = field(default_factory=list)
     audit_head: str | None = None
     until: str | None = None
+    memory: dict[str, Any] | None = None
 
     @property
     def error(self) -> str | None:
@@ -101,9 +104,11 @@ class Launcher:
         Raises:
             VmgraftError: as :meth:`run`, for what can be found out without starting.
         """
-        policy = load_policy(self._policy_path)
-        with open_image(self._path, self._options.opening) as image:
-            report = self._verify(image, open_graft(image, progress=self._progress), policy)
+        with RunMemory(self._options.state, raising=False) as memory:
+            policy = self._policy(memory)
+            with open_image(self._path, self._options.opening) as image:
+                report = self._verify(image, open_graft(image, progress=self._progress), policy, memory)
+        report.memory = memory.to_dict()
         if report.plan is not None:
             _specs(report.plan)
         return report
@@ -113,25 +118,36 @@ class Launcher:
 
         Raises:
             PolicyError: the policy cannot be used.
+            StateError: the rollback memory cannot be used.
+            RollbackError: a newer version of an extension got ready on this host in the meantime.
             NoGraftError: the image carries no graft.
             FileError: the image or the audit log cannot be used.
             CapabilityError: an extension's claims collide with the core, or it imports what it was not granted.
             GraftFormatError: a module is malformed.
             HostError: the guest cannot be started here.
         """
-        policy = load_policy(self._policy_path)
-        with closing(AuditLog(self._options.audit_log)) as log, _orderly_signals():
-            log.write("start", self._beginning())
-            try:
-                with ExitStack() as stack:
-                    report = self._run(stack, log, policy)
-            except BaseException as error:
-                if not log.broken:
-                    log.write("error", _failure(error))
-                raise
-            log.write("error" if report.result is None else "end", _ending(report))
-            report.audit_head = log.head
-            return report
+        with RunMemory(self._options.state) as memory:
+            policy = self._policy(memory)
+            with closing(AuditLog(self._options.audit_log)) as log, _orderly_signals():
+                return self._logged(log, policy, memory)
+
+    def _policy(self, memory: RunMemory) -> Policy:
+        options = self._options
+        return memory.load_policy(self._policy_path, options.policy_keys, required=options.signed_policy)
+
+    def _logged(self, log: AuditLog, policy: Policy, memory: RunMemory) -> RunReport:
+        """Run, and let the log say how it began and ended, however that was."""
+        log.write("start", self._beginning())
+        try:
+            with ExitStack() as stack:
+                report = self._run(stack, log, policy, memory)
+        except BaseException as error:
+            if not log.broken:
+                log.write("error", _failure(error))
+            raise
+        log.write("error" if report.result is None else "end", _ending(report))
+        report.audit_head, report.memory = log.head, memory.to_dict()
+        return report
 
     def _beginning(self) -> dict[str, Any]:
         """Return what the first line of the audit log says."""
@@ -142,7 +158,7 @@ class Launcher:
             "coreSha256": core_digest(),
         }
 
-    def _run(self, stack: ExitStack, log: AuditLog, policy: Policy) -> RunReport:
+    def _run(self, stack: ExitStack, log: AuditLog, policy: Policy, memory: RunMemory) -> RunReport:
         image = stack.enter_context(open_image(self._path, self._options.opening))
         if not image.is_disk:
             raise UnsupportedError(
@@ -151,18 +167,21 @@ class Launcher:
                 hint="`vmgraft verify` checks it",
             )
         graft = open_graft(image, progress=self._progress)
-        report = self._verify(image, graft, policy)
+        report = self._verify(image, graft, policy, memory)
         checks = [check.to_dict() for check in report.verification.checks]
         log.write("verification", {"ok": report.verification.ok, "error": report.verification.error, "checks": checks})
         if report.plan is None or graft.tree is None:
             return report
         log.write("plan", {"sha256": report.plan.digest, "plan": report.plan.to_dict()})
-        self._boot(stack, log, report, VerifiedDisk(image, graft.tree.check), _specs(report.plan))
+        machine, host = self._start(stack, log, VerifiedDisk(image, graft.tree.check), _specs(report.plan))
+        self._remember(log, report, host, memory)
+        self._boot(log, report, machine, host)
         return report
 
-    def _verify(self, image: Image, graft: Graft, policy: Policy) -> RunReport:
+    def _verify(self, image: Image, graft: Graft, policy: Policy, memory: RunMemory) -> RunReport:
         """Verify, and plan when that went well."""
-        verdict = verify_evidence(graft, policy, image_name=self._path.name, now=datetime.now(UTC))
+        now = datetime.now(UTC)
+        verdict = verify_evidence(graft, policy, image_name=self._path.name, now=now, memory=memory.state)
         report = RunReport(verdict, until=self._options.until)
         if verdict.ok and graft.tree is None:
             # A statement that is not bound to this content: read it now, so that blocks can be checked when used.
@@ -196,9 +215,10 @@ class Launcher:
                 hint="run without --without-extensions",
             )
 
-    def _boot(
-        self, stack: ExitStack, log: AuditLog, report: RunReport, disk: VerifiedDisk, specs: list[ExtensionSpec]
-    ) -> None:
+    def _start(
+        self, stack: ExitStack, log: AuditLog, disk: VerifiedDisk, specs: list[ExtensionSpec]
+    ) -> tuple[Machine, ExtensionHost]:
+        """Set up the machine, and take every extension to its ready mark: ``on_start`` has returned."""
         # Before /dev/kvm is opened: no worker can have inherited what the core holds.
         zygote = stack.enter_context(Zygote.start()) if specs else None
         machine = stack.enter_context(self._machine(disk))
@@ -216,6 +236,18 @@ class Launcher:
         host.start()
         host.claim(machine.bus)
         machine.add_tick(host.tick)
+        return machine, host
+
+    def _remember(self, log: AuditLog, report: RunReport, host: ExtensionHost, memory: RunMemory) -> None:
+        """Remember what is ready: before the guest's first instruction, and before this process gives up its rights."""
+        if report.plan is None:
+            return
+        ready = {proxy.spec.id for proxy in host.proxies if proxy.state is State.RUNNING}
+        memory.remember(report.verification, report.plan.extensions, ready, report.plan.statement_sha256)
+        if memory.path is not None:
+            log.write("remember", memory.to_dict() or {})
+
+    def _boot(self, log: AuditLog, report: RunReport, machine: Machine, host: ExtensionHost) -> None:
         if self._confine:
             report.confinement = confine_host()
         log.write("boot", {"engine": machine.cpu.engine, "emulated": machine.cpu.emulated, "host": report.confinement})

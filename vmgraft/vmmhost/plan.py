@@ -20,6 +20,7 @@ from vmgraft.signing.capabilities import (
     parse_capability,
 )
 from vmgraft.signing.contract import Limits, VerifiedExtension
+from vmgraft.signing.keys import PublicKey
 from vmgraft.vmmhost.core.memory import HIGH_BASE, LOW_END, is_ram, ram_bytes
 from vmgraft.vmmhost.core.portmap import planning_bus
 from vmgraft.vmmhost.layer import spec as layer
@@ -41,6 +42,9 @@ class RunOptions:
         audit_log: File for the audit log.
         seed: Makes what extensions draw from ``random`` repeatable.
         trace: Keep the I/O trace of the guest in the result.
+        state: The rollback memory; None compares with nothing and remembers nothing.
+        policy_keys: Keys of which one must have signed the policy.
+        signed_policy: Refuse an unsigned policy.
     """
 
     cpu: str = "auto"
@@ -54,6 +58,9 @@ class RunOptions:
     audit_log: Path | None = None
     seed: bytes | None = None
     trace: bool = False
+    state: Path | None = None
+    policy_keys: tuple[PublicKey, ...] = ()
+    signed_policy: bool = False
 
 
 @dataclass(frozen=True, slots=True)

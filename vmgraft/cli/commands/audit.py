@@ -1,4 +1,4 @@
-"""``vmgraft list``, ``inspect``, ``extract``, ``digest``, ``diff``, ``verify``, ``export``."""
+"""``vmgraft list``, ``inspect``, ``extract``, ``digest``, ``diff``, ``export``."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from vmgraft.cli.options import (
     image_argument,
     json_option,
     opening_options,
-    policy_option,
     quiet_option,
 )
 
@@ -144,28 +143,6 @@ def diff(a: Path, b: Path, opening: Opening, quiet: bool, as_json: bool) -> int:
     return code
 
 
-@click.command(epilog="Example: vmgraft verify disk.qcow2 --policy policy.json")
-@image_argument
-@policy_option
-@opening_options
-@quiet_option
-@json_option
-def verify(image: Path, policy_path: Path, opening: Opening, quiet: bool, as_json: bool) -> int:
-    """Check an image against a trust policy: signature, signers, content, payloads, freshness, capabilities."""
-    from vmgraft.cli.exitcodes import exit_code
-    from vmgraft.cli.output import emit_json, progress_bar
-    from vmgraft.cli.views import show_report, verdict_document
-    from vmgraft.inspect.verdict import verify_image
-
-    with progress_bar("verify", quiet=quiet or as_json) as bar:
-        report = verify_image(image, policy_path, opening=opening, progress=bar)
-    if as_json:
-        emit_json(verdict_document(report, image))
-    else:
-        show_report(report, image)
-    return exit_code(report.error)
-
-
 @click.command(epilog="Example: vmgraft export disk.qcow2 --format openssl --key acme.pub -o check/")
 @image_argument
 @click.option(
@@ -173,17 +150,20 @@ def verify(image: Path, policy_path: Path, opening: Opening, quiet: bool, as_jso
     help="Sigstore bundles, or files and a script for OpenSSL.",
 )  # fmt: skip
 @click.option("--key", "publics", type=FILE, multiple=True, help="Public key of a signer (for openssl); repeatable.")
+@click.option("--bare", is_flag=True, help="In bundles: name keys only, leave certificates and timestamps out.")
 @click.option("-o", "--output", type=click.Path(path_type=Path, file_okay=False), required=True, help="Folder.")
 @opening_options
 @json_option
-def export(image: Path, form: str, publics: tuple[Path, ...], output: Path, opening: Opening, as_json: bool) -> None:
+def export(
+    image: Path, form: str, publics: tuple[Path, ...], bare: bool, output: Path, opening: Opening, as_json: bool
+) -> None:
     """Write the signatures in forms that other tools verify: Sigstore bundles, or files for OpenSSL."""
     import shlex
 
     from vmgraft.cli.output import emit_ok, printable
     from vmgraft.inspect.exports import export_image
 
-    files = export_image(image, form, output, publics, opening=opening)
+    files = export_image(image, form, output, publics, bare=bare, opening=opening)
     if as_json:
         emit_ok({"files": [str(path) for path in files]})
         return

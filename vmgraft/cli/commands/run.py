@@ -13,8 +13,10 @@ from vmgraft.cli.options import (
     cpu_option,
     image_argument,
     json_option,
+    memory_option,
     opening_options,
     policy_option,
+    policy_trust_options,
     quiet_option,
 )
 
@@ -41,6 +43,8 @@ def _not_empty(_context: click.Context, _parameter: click.Parameter, value: str 
 @click.command(epilog='Example: vmgraft run grub.iso --policy policy.json --until "GNU GRUB" --screen -')
 @image_argument
 @policy_option
+@policy_trust_options
+@memory_option
 @cpu_option
 @click.option(
     "--boot", type=click.Choice(["auto", "disk", "cdrom"]), default="auto", show_default=True,
@@ -67,6 +71,9 @@ def _not_empty(_context: click.Context, _parameter: click.Parameter, value: str 
 def run(
     image: Path,
     policy_path: Path,
+    policy_keys: tuple[Path, ...],
+    signed_policy: bool,
+    state: Path | None,
     cpu: str,
     boot: str,
     memory: int,
@@ -85,16 +92,19 @@ def run(
     """Verify an image against a policy, then boot it with its extensions in sandboxed processes.
 
     Nothing is started unless every check passes. The image is never written; the guest's writes are gone at the end.
+    The versions that ran are remembered, and older ones refused from then on (--state).
     """
     from vmgraft.cli.console import Outputs
     from vmgraft.cli.output import progress_bar
     from vmgraft.cli.runview import finish_run
+    from vmgraft.signing.keyfiles import load_public
     from vmgraft.vmmhost.launch import Launcher
     from vmgraft.vmmhost.plan import RunOptions
 
     options = RunOptions(
         cpu=cpu, boot=boot, memory_mib=memory, timeout=timeout, until=until, keys=keys,
-        extensions=not without_extensions, opening=opening, audit_log=audit_log,
+        extensions=not without_extensions, opening=opening, audit_log=audit_log, state=state,
+        policy_keys=tuple(map(load_public, policy_keys)), signed_policy=signed_policy,
     )  # fmt: skip
     with Outputs(screen=screen, serial=serial, as_json=as_json) as outputs:
         with progress_bar("verify", quiet=quiet or as_json) as bar:

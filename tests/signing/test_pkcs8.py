@@ -1,0 +1,89 @@
+"""Encrypted key files: openssl opens what is written and says how it is made; hostile ones cost no time."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import time
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vmgraft.errors import FileError
+from vmgraft.signing.keys import generate, private_from_pem
+from vmgraft.signing.pkcs8 import MAX_ROUNDS, ROUNDS, encrypt_pkcs8, pbkdf2_rounds
+
+
+def openssl(*arguments, data):
+    return subprocess.run(["openssl", *arguments], input=data, capture_output=True, check=True).stdout
+
+
+@pytest.mark.parametrize("kind", ["p256", "rsa3072", "ed25519"])
+def test_openssl_opens_it_and_sees_how_it_is_made(kind):
+    key = generate(kind)
+    pem = key.pem("pässword".encode())
+    assert openssl("pkey", "-passin", "pass:pässword", "-pubout", data=pem) == key.public.pem
+    listing = openssl("asn1parse", data=pem).decode()
+    for name in ("PBES2", "PBKDF2", "hmacWithSHA256", "aes-256-cbc"):
+        assert f":{name}" in listing
+    assert int(re.findall(r"INTEGER +:([0-9A-F]+)", listing)[0], 16) == ROUNDS == 600_000
+
+
+def test_no_two_alike():
+    assert encrypt_pkcs8(b"key", b"pass", rounds=1) != encrypt_pkcs8(b"key", b"pass", rounds=1)
+
+
+def test_every_length_is_padded():
+    key = generate("ed25519").pem(None)
+    der = openssl("pkey", "-outform", "DER", data=key)
+    for rounds in (1, 127, 128, 255, 256, 70_000):
+        sealed = encrypt_pkcs8(der, b"x", rounds=rounds)
+        assert pbkdf2_rounds(sealed) == rounds
+        assert openssl("pkey", "-passin", "pass:x", data=sealed) == key
+
+
+def test_rounds_of_keys_made_elsewhere():
+    plain = generate("p256").pem(None)
+    for options, rounds in (
+        ([], 2048),
+        (["-iter", "31415"], 31415),
+        (["-scrypt"], None),
+        (["-v1", "PBE-SHA1-3DES"], None),
+    ):
+        sealed = openssl("pkcs8", "-topk8", *options, "-passout", "pass:x", data=plain)
+        assert pbkdf2_rounds(sealed) == rounds
+        assert private_from_pem(sealed, b"x").pem(None) == plain
+    assert pbkdf2_rounds(plain) is None
+
+
+def test_a_file_that_would_take_hours():
+    sealed = openssl("pkcs8", "-topk8", "-iter", "1", "-passout", "pass:x", data=generate("p256").pem(None))
+    import base64
+
+    der = base64.b64decode(b"".join(sealed.splitlines()[1:-1]))
+    place = der.index(b"\x02\x01\x01\x30")  # the INTEGER before the SEQUENCE of the function
+    for rounds in (MAX_ROUNDS + 1, 2**31 - 1):
+        count = rounds.to_bytes(4, "big")
+        grown = bytearray(der[:place] + b"\x02\x04" + count + der[place + 3 :])
+        for at in range(place):  # every enclosing length grows by three
+            if grown[at] == 0x30 and grown[at + 1] < 0x80 and at + 2 + grown[at + 1] + 3 >= place + 6:
+                grown[at + 1] += 3
+        grown[2] += 3  # the outermost one has a long form: 30 81 xx
+        pem = b"-----BEGIN ENCRYPTED PRIVATE KEY-----\n" + base64.encodebytes(bytes(grown))
+        pem += b"-----END ENCRYPTED PRIVATE KEY-----\n"
+        assert pbkdf2_rounds(pem) == rounds
+        begun = time.monotonic()
+        with pytest.raises(FileError, match="rounds of PBKDF2") as caught:
+            private_from_pem(pem, b"x", file="acme.key")
+        assert caught.value.file == "acme.key" and time.monotonic() - begun < 2
+
+
+@given(st.binary(max_size=120))
+def test_anything_else_has_no_rounds(data):
+    import base64
+
+    for body in (data, base64.b64encode(data)):
+        pem = b"-----BEGIN ENCRYPTED PRIVATE KEY-----\n" + body + b"\n-----END ENCRYPTED PRIVATE KEY-----\n"
+        found = pbkdf2_rounds(pem)
+        assert found is None or isinstance(found, int)
