@@ -70,7 +70,6 @@ class Blob(ABC):
             digest.update(chunk)
         return digest.digest()
 
-
     def __eq__(self, other: object) -> bool:
         """Two blobs are equal when their bytes are."""
         return isinstance(other, Blob) and self.size == other.size and self.sha256 == other.sha256

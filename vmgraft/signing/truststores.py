@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from os import PathLike
 from typing import Any, Final, Literal
 
-from vmgraft.errors import PolicyError, UsageError, VmgraftError
+from vmgraft.errors import BadSignatureError, PolicyError, UsageError, VmgraftError
 
 #: Most certificates, and most CRLs, in one store.
 MAX_STORE: Final = 64
@@ -153,12 +153,9 @@ class _Reader:
             raise self.refuse(f"{name!r} is not a certificate authority", "certificates", hint)
 
     def check_crl(self, der: bytes) -> None:
-        from cryptography import x509
-        from cryptography.exceptions import UnsupportedAlgorithm
+        from vmgraft.signing.revocation import parse_crl
 
         try:
-            crl = x509.load_der_x509_crl(der)
-            _ = crl.issuer.rfc4514_string(), crl.last_update_utc, crl.next_update_utc, crl.signature_hash_algorithm
-            _ = list(crl.extensions), len(crl)
-        except (ValueError, TypeError, UnsupportedAlgorithm, x509.DuplicateExtension) as exc:
+            parse_crl(der)
+        except BadSignatureError as exc:
             raise self.refuse("a CRL is malformed", "crls") from exc
