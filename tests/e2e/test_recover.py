@@ -70,11 +70,11 @@ def test_a_damaged_trailer_comes_back(cli, vendor: Path, clock: Path, guest: Pat
     out = cli("recover", disk)
     assert "found" in out and "done" in out and "state  ok" in out
     assert disk.read_bytes() == whole
-    assert "nothing to recover (state: ok)" in cli("recover", disk)
+    assert "nothing is wrong: the graft is sound" in cli("recover", disk)
     cli("verify", disk, "--policy", vendor / "policy.json")
 
 
 def test_an_image_without_a_graft_has_nothing_to_recover(cli, guest: Path, tmp_path: Path) -> None:
     disk = tmp_path / "disk.img"
     shutil.copy(guest, disk)
-    assert "nothing to recover (state: none)" in cli("recover", disk)
+    assert "nothing is wrong: there is no graft" in cli("recover", disk)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 from datetime import UTC, datetime, timedelta
 
 import pytest
@@ -198,6 +199,30 @@ def test_a_failure_on_the_way_leaves_the_old_envelope(grafted, acme, other, monk
     assert not journal_path(grafted).exists()
 
 
+@pytest.mark.parametrize(
+    ("step", "signed"), [("write_journal", False), ("put_in", False), ("check_written", True), ("remove_journal", True)]
+)
+def test_a_kill_leaves_the_old_envelope_or_the_new_one(image, acme, other, monkeypatch, step, signed):
+    """The process ends at once when it comes to a step; readers see one of the two, and the next change works."""
+    clean = files_of(image.parent)
+    attach(image, [package("a")], [acme], AttachOptions())
+    child = os.fork()
+    if child == 0:
+        try:
+            setattr(replace, step, lambda *_arguments: os._exit(9))
+            append_signatures(image, [other], PLAIN, trust=[acme.public])
+        finally:
+            os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+    assert verifies(image, acme) and verifies(image, other) is signed
+    third = generate("p256")
+    append_signatures(image, [third], PLAIN, trust=[acme.public])
+    assert verifies(image, acme, third) and verifies(image, other) is signed
+    assert not journal_path(image).exists()
+    detach(image)
+    assert files_of(image.parent) == clean
+
+
 def test_what_reads_back_differently_is_taken_back(grafted, acme, other, monkeypatch):
     def not_good(*_arguments, **_options):
         raise VmgraftError("not good")
@@ -357,3 +382,17 @@ def test_an_interrupted_change_is_finished_first(grafted, acme, other, tmp_path)
     append_signatures(grafted, [other], PLAIN, trust=[acme.public])
     assert parse_envelope(carried(grafted).envelope).payload == parse_envelope(before.envelope).payload
     assert verifies(grafted, acme, other) and not journal_path(grafted).exists()
+
+
+def test_the_program_says_that_an_expired_statement_was_accepted(raw, acme, tmp_path, capsys):
+    from vmgraft.cli.app import cli
+
+    end = make_expired(raw, acme)
+    (tmp_path / "acme.key").write_bytes(acme.pem(None))
+    command = ["resign", str(raw), "--key", str(tmp_path / "acme.key"), "--expires", "2096-01-01", "--accept-expired"]
+    cli.main(command, standalone_mode=False)
+    shown = capsys.readouterr()
+    assert f"expired at {end:%Y-%m-%dT%H:%M:%SZ}, and was accepted" in shown.err
+    assert "2096-01-01T00:00:00Z" in shown.out
+    cli.main(["inspect", str(raw)], standalone_mode=False)
+    assert f"acceptedExpired: {end:%Y-%m-%dT%H:%M:%SZ}" in capsys.readouterr().out

@@ -3,6 +3,7 @@
 import base64
 import dataclasses
 import json
+import os
 import subprocess
 from datetime import UTC, datetime, timedelta
 from hashlib import sha256
@@ -16,13 +17,14 @@ from vmgraft.errors import (
     ContentMismatchError,
     ExpiredError,
     FileError,
+    GraftFormatError,
     NoGraftError,
     PayloadMismatchError,
     UntrustedSignerError,
     UsageError,
 )
 from vmgraft.imagefmt.contract import Placement
-from vmgraft.signing.dsse import parse_envelope
+from vmgraft.signing.dsse import pae, parse_envelope
 from vmgraft.signing.keyfiles import load_public
 from vmgraft.signing.keys import generate
 from vmgraft.vendor import ceremony
@@ -30,6 +32,8 @@ from vmgraft.vendor.ceremony import CeremonyOptions, Offered, attach_signatures,
 from vmgraft.vendor.graft import AttachOptions, attach, detach
 
 PLAIN = CeremonyOptions()
+TOKEN_IDS = {"p256": "01", "p384": "02", "rsa": "03"}
+_SOFTHSM = "/usr/lib/softhsm/libsofthsm2.so"
 KINDS = {
     "p256": ["-algorithm", "EC", "-pkeyopt", "ec_paramgen_curve:P-256"],
     "p384": ["-algorithm", "EC", "-pkeyopt", "ec_paramgen_curve:P-384"],
@@ -146,6 +150,49 @@ def test_another_signature_for_a_graft_that_is_there(image, tmp_path, signers, a
         attach_signatures(image, [], folder, offered, PLAIN)
 
 
+@pytest.fixture(scope="session")
+def token(tmp_path_factory, signers):
+    """A SoftHSM token that holds the keys made by openssl; its programs get it through their own environment."""
+    folder = tmp_path_factory.mktemp("token")
+    (folder / "tokens").mkdir()
+    config = folder / "softhsm2.conf"
+    config.write_text(f"directories.tokendir = {folder}/tokens\nobjectstore.backend = file\nlog.level = ERROR\n")
+    environment = {**os.environ, "SOFTHSM2_CONF": str(config)}
+
+    def call(*command, cwd=folder):
+        done = subprocess.run(
+            [*map(str, command)], check=False, capture_output=True, text=True, env=environment, cwd=cwd
+        )
+        assert done.returncode == 0, f"{command}: {done.stdout}{done.stderr}"
+
+    call("softhsm2-util", "--init-token", "--free", "--label", "t", "--so-pin", "86420", "--pin", "2357")
+    for kind, number in TOKEN_IDS.items():
+        key = ["--import", signers / f"{kind}.key", "--label", kind, "--id", number]
+        call("softhsm2-util", *key, "--token", "t", "--pin", "2357")
+    return call
+
+
+@pytest.mark.parametrize("kind", ["p256", "p384", "rsa"])
+def test_a_token_signs_by_the_readme(raw, tmp_path, signers, token, kind):
+    folder, _ = written(raw, tmp_path, "a")
+    text = (folder / "README.txt").read_text()
+    end = "--output-file signature.bin"
+    lines = text[text.index("openssl dgst -sha256 -binary") : text.index(end) + len(end)].replace("\\\n", " ")
+    told = {"--id ID": f"--id {TOKEN_IDS[kind]}", "MODULE.so": _SOFTHSM, end: f"{end} --pin 2357"}
+    told |= {
+        "p384": {"-sha256": "-sha384"},
+        "rsa": {"ECDSA": "SHA256-RSA-PKCS", "file digest.bin": "file payload.pae"},
+    }.get(kind, {})
+    for name, value in told.items():
+        assert name in lines
+        lines = lines.replace(name, value)
+    token("sh", "-e", "-c", lines, cwd=folder)
+    assert len((folder / "signature.bin").read_bytes()) == {"p256": 64, "p384": 96, "rsa": 384}[kind]
+    attach_signatures(raw, [package("a")], folder, [offer(signers, kind, folder / "signature.bin")], PLAIN)
+    (stored,) = parse_envelope(carried(raw).envelope).signatures
+    assert stored.keyid == load_public(signers / f"{kind}.pub").keyid
+
+
 # --- what does not get in -------------------------------------------------------------------------------------------
 
 
@@ -223,6 +270,20 @@ def test_another_key_and_pss(session, signers):
     )
     error = refused(image, BadSignatureError, "", BOTH, folder, [offer(signers, "rsa", folder / "pss")], PLAIN)
     assert "not PSS" in error.hint
+
+
+@pytest.mark.parametrize("statement", [b"", b"{}", b"[" * 500_000, b'{"a":1,"a":2}', b"\xff"])
+def test_bytes_that_are_no_statement_though_signed(raw, tmp_path, statement):
+    """The key is the right one: what it signed is read only then, and within bounds."""
+    key, folder = generate("p256"), tmp_path / "to-sign"
+    folder.mkdir()
+    message = pae("application/vnd.in-toto+json", statement)
+    for name, data in (("statement.json", statement), ("payload.pae", message), ("sig", key.sign(message))):
+        (folder / name).write_bytes(data)
+    offered = [Offered(folder / "sig", key.public)]
+    refused(raw, GraftFormatError, "statement", [package("a")], folder, offered, PLAIN)
+    (folder / "sig").write_bytes(generate("p256").sign(message))
+    refused(raw, BadSignatureError, "does not verify", [package("a")], folder, offered, PLAIN)
 
 
 def test_the_same_signer_twice_or_none(session):

@@ -30,10 +30,13 @@ ECDSA P-384        openssl dgst -sha384 -sign KEY.pem -out signature.bin payload
 Ed25519            openssl pkeyutl -sign -rawin -inkey KEY.pem -in payload.pae -out signature.bin
 ML-DSA-65          the same as Ed25519, with openssl 3.5 or later
 
-In an HSM, through PKCS #11 (ECDSA-SHA256, or SHA256-RSA-PKCS, or EDDSA):
+In an HSM, through PKCS #11, for ECDSA P-256 (-sha384 for P-384):
 
-    pkcs11-tool --module MODULE.so --login --sign --label LABEL --mechanism ECDSA-SHA256 \\
-        --input-file payload.pae --output-file signature.bin
+    openssl dgst -sha256 -binary -out digest.bin payload.pae
+    pkcs11-tool --module MODULE.so --login --sign --id ID --mechanism ECDSA \\
+        --input-file digest.bin --output-file signature.bin
+
+For RSA the mechanism is SHA256-RSA-PKCS, with payload.pae itself as --input-file.
 
 Taken are raw signatures and base64 of them, for ECDSA both DER and r and s side by side. RSA is PKCS #1 v1.5, not PSS.
 

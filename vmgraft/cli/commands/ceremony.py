@@ -225,12 +225,14 @@ def sign(
     from vmgraft.cli.ceremonyview import report_amended
     from vmgraft.cli.output import orderly_end, progress_bar
     from vmgraft.errors import UsageError
-    from vmgraft.vendor.amend import AmendOptions, append_signatures
+    from vmgraft.vendor.amend import AmendOptions, append_signatures, refuse_unsure
 
     if not append:
         hint = "--append adds a signature; `attach` signs extensions, `resign` makes a new statement"
         raise UsageError("say that a signature is to be added", field="append", hint=hint)
-    publics, signers = _publics(trust), keys.load()
+    publics = _publics(trust)
+    refuse_unsure(publics, vouch_for_unverified)  # before anybody is asked for a passphrase
+    signers = keys.load()
     with orderly_end(), progress_bar("digest", quiet=quiet or as_json) as bar:
         done = append_signatures(
             image, signers, AmendOptions(output, opening), trust=publics,
