@@ -1,10 +1,12 @@
 """What the command line does when things go wrong: one documented exit code, one JSON object, nothing left behind."""
 
 import contextlib
+import errno
 import io
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -18,8 +20,9 @@ import pytest
 from vmgraft.cli import output
 from vmgraft.cli.app import COMMANDS, cli, run
 from vmgraft.cli.console import Outputs
-from vmgraft.cli.exitcodes import EXIT_CODES
+from vmgraft.cli.exitcodes import BROKEN_PIPE, EXIT_CODES
 from vmgraft.cli.files import write_output
+from vmgraft.cli.views import _branch
 from vmgraft.errors import FileError, UsageError, VmgraftError
 from vmgraft.schemas import validate
 
@@ -215,6 +218,47 @@ def test_a_full_disk_below_stdout_is_no_success(house: Path, args: str) -> None:
     assert "Exception ignored" not in done.stderr
 
 
+def unread(stream: str, *args: str) -> tuple[int, bytes]:
+    """Run with a pipe that nobody reads as ``stdout`` or ``stderr``; return exit code and what the other one got."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, stream: writer}
+    done = subprocess.run([PROGRAM, *args], stdin=subprocess.DEVNULL, **streams, check=False)  # type: ignore[call-overload]
+    os.close(writer)
+    return done.returncode, done.stderr if stream == "stdout" else done.stdout
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        "verify good.img --policy p.json", "verify plain.img --policy p.json --json", "inspect good.img",
+        "list good.img", "list none.img --json", "list --bogus --json", "digest good.img --json", "--help",
+        "--version", "detach --help", "extract good.img module",
+    ],
+)  # fmt: skip
+def test_a_reader_of_stdout_that_went_away(house: Path, args: str) -> None:
+    assert unread("stdout", *args.split()) == (BROKEN_PIPE, b"")
+
+
+@pytest.mark.parametrize("args", ["list none.img", "list --bogus", "list good.img"])
+def test_a_reader_of_stderr_that_went_away(house: Path, args: str) -> None:
+    assert unread("stderr", *args.split())[0] == BROKEN_PIPE
+
+
+def test_an_unread_stderr_does_not_matter_where_nothing_is_said(house: Path) -> None:
+    code, out = unread("stderr", "verify", "plain.img", "--policy", "p.json", "--json")
+    assert (code, json.loads(out)["exitCode"]) == (4, 4)
+
+
+def test_another_broken_pipe_is_not_taken_for_the_reader(monkeypatch: pytest.MonkeyPatch) -> None:
+    def burst(*_args: object, **_options: object) -> None:
+        raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
+
+    monkeypatch.setattr("vmgraft.inspect.report.list_extensions", burst)
+    code, _, err = call("list", "any.img")
+    assert (code, err) == (3, "error: the system refused: Broken pipe\n")
+
+
 def test_closed_streams_do_not_matter(house: Path) -> None:
     for args, code in (("verify good.img --policy p.json", 0), ("verify plain.img --policy p.json", 4)):
         for closed in (">&-", "2>&-", "<&- >&- 2>&-"):
@@ -388,6 +432,24 @@ def test_manifests_of_any_shape_are_shown(house: Path, manifest: object, shown: 
     for args in (["list", "odd.img", "--json"], ["inspect", "odd.img"], ["inspect", "odd.img", "--json"]):
         assert call(*args)[0] == 0
     assert call("verify", "odd.img", "--policy", "p.json")[0] == 10
+
+
+def test_inspection_has_no_python_words_and_no_room_where_a_graft_is(house: Path) -> None:
+    for image, roomy in (("plain.img", True), ("good.img", False)):
+        code, out, _ = call("inspect", image)
+        assert code == 0
+        assert ("room for an inline record" in out) is roomy
+        assert not re.search(r": (None|True|False|\[\]|\{\})$", out, re.MULTILINE)
+        assert re.search(r"\? critical: yes$", out, re.MULTILINE) or roomy
+        assert call_json("inspect", image)["image"]["room"]["inline"] is not None  # type: ignore[index]
+
+
+@pytest.mark.parametrize(
+    ("claim", "shown"), [(None, "none"), (True, "yes"), (False, "no"), ([], "-"), ({}, "-"), (0, "0"), (1, "1")]
+)
+def test_words_of_claims(claim: object, shown: str, capsys: pytest.CaptureFixture[str]) -> None:
+    _branch({"x": claim}, "")
+    assert capsys.readouterr().out == f"? x: {shown}\n"
 
 
 def test_a_trusted_key_signs_nonsense(house: Path) -> None:

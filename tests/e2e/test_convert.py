@@ -73,7 +73,7 @@ def test_what_people_see(cli, vendor, disk, clock) -> None:
         (["disk.img", "nowhere/out.qcow2"], 3, "no such folder"),
         (["disk.img", "out.vdi", "--compress"], 3, "options of qcow2"),
         (["disk.img", "out.qcow2", "--cluster-size", "1000"], 3, "a cluster of 1000 bytes"),
-        (["disk.img", "out.iso"], 3, ""),
+        (["disk.img", "out.iso"], 3, "no ISO 9660 volume"),
     ],
 )
 def test_failures(cli, disk, args, code, said) -> None:

@@ -46,14 +46,19 @@ def test_add_replace_remove(cli, vendor: Path, image: Path, clock: Path, entropy
     done = cli.json("attach", image, clock, "--key", key, "--add")
     assert [item["id"] for item in done["extensions"]] == [IDS["entropy"], IDS["clock"]]
     assert done["droppedSigners"] == [] and done["placement"] == "inline"
+    assert [[item["id"] for item in done[part]] for part in ("removed", "replaced", "added", "kept")] == [
+        [], [], [IDS["clock"]], [IDS["entropy"]],
+    ]  # fmt: skip
     second = newer(entropy, tmp_path / "second", 9)
     out = cli("attach", image, second, "--key", key, "--replace")
-    assert "org.vmgraft.entropy 2.9.0" in out
+    assert "replaced  org.vmgraft.entropy 1.0.0 with 2.9.0\nkept      org.vmgraft.clock 1.0.0\nin  " in out
     assert listed(cli, image)[0] == (IDS["entropy"], "2.9.0") and listed(cli, image)[1][0] == IDS["clock"]
     error = cli.json("attach", image, entropy, "--key", key, "--replace", code=16)["error"]
     assert error["code"] == "rollback" and "--allow-downgrade" in error["hint"]
-    cli("attach", image, entropy, "--key", key, "--replace", "--allow-downgrade")
-    cli("detach", image, IDS["clock"], "--key", key)
+    done = cli.json("attach", image, entropy, "--key", key, "--replace", "--allow-downgrade")
+    assert done["replaced"] == [{"id": IDS["entropy"], "version": "1.0.0", "previousVersion": "2.9.0"}]
+    out = cli("detach", image, IDS["clock"], "--key", key)
+    assert out.startswith("removed   org.vmgraft.clock 1.0.0\nkept      org.vmgraft.entropy 1.0.0\nin  ")
     assert [name for name, _ in listed(cli, image)] == [IDS["entropy"]]
     cli("verify", image, "--policy", policy)
     cli("detach", image, IDS["entropy"])

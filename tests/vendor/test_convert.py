@@ -159,8 +159,15 @@ def test_an_iso_of_an_odd_length_fits_into_an_iso_only(tmp_path: Path) -> None:
 
 
 def test_no_disk_no_volume_no_format(plain: Path, tmp_path: Path) -> None:
-    with pytest.raises(FileError):
-        convert(plain, tmp_path / "out.iso", ConvertOptions())  # the content is no ISO 9660 volume
+    with pytest.raises(UnsupportedError, match="no ISO 9660 volume, so it cannot be written as an ISO") as caught:
+        convert(plain, tmp_path / "out.iso", ConvertOptions())
+    assert caught.value.file == str(plain) and caught.value.hint == "name another suffix or -O raw"
+    begun = tmp_path / "begun.raw"
+    begun.write_bytes(bytes(16 * 2048) + b"\1CD001\1" + bytes(100_000))
+    with pytest.raises(UnsupportedError, match=r"no ISO 9660 volume \(logical blocks of 0 bytes") as caught:
+        convert(begun, tmp_path / "out.iso", ConvertOptions(opening=Opening(format="raw")))
+    assert caught.value.file == str(begun)
+    begun.unlink()
     with pytest.raises(UsageError, match="suffix"):
         convert(plain, tmp_path / "out", ConvertOptions())
     with pytest.raises(FileError, match="no such folder"):

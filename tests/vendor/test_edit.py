@@ -34,7 +34,7 @@ from vmgraft.imagefmt.sidecar import sidecar_path
 from vmgraft.signing.dsse import Envelope, Signature, parse_envelope, serialise
 from vmgraft.signing.statement import CONTENT_SUBJECT, build_statement
 from vmgraft.vendor import edit, graft, seal
-from vmgraft.vendor.edit import EditOptions, add_extensions, carried_ids, remove_extensions, replace_extensions
+from vmgraft.vendor.edit import EditOptions, add_extensions, carried_versions, remove_extensions, replace_extensions
 from vmgraft.vendor.graft import AttachOptions, attach, detach
 from vmgraft.vendor.seal import sign
 
@@ -53,7 +53,7 @@ def test_the_order_is_that_of_the_statement(image, acme):
     graft_in(image, acme, "b", "a")
     done = add_extensions(image, [package("d"), package("c", module=False)], [acme], PLAIN)
     assert carried(image).extensions == [("b", "1"), ("a", "1"), ("d", "1"), ("c", "1")]
-    assert [item.id for item in done.extensions] == carried_ids(image)
+    assert [item.id for item in done.extensions] == list(carried_versions(image))
     assert verifies(image, acme)
     replace_extensions(image, [package("e"), package("a", "2")], [acme], PLAIN)
     assert carried(image).extensions == [("b", "1"), ("a", "2"), ("d", "1"), ("c", "1"), ("e", "1")]
@@ -168,7 +168,7 @@ def test_requests_that_make_no_sense(raw, acme):
                     lambda: remove_extensions(raw, ["com.example.b"], [acme], PLAIN))  # fmt: skip
     assert "com.example.clock" in error.hint
     refused(raw, UsageError, "no extension would be left",
-            lambda: remove_extensions(raw, carried_ids(raw), [acme], PLAIN))  # fmt: skip
+            lambda: remove_extensions(raw, list(carried_versions(raw)), [acme], PLAIN))  # fmt: skip
     refused(raw, UsageError, "needs a key", lambda: add_extensions(raw, [package("b")], [], PLAIN))
     before = files_of(raw.parent)
     with pytest.raises(UsageError, match="overlap"):

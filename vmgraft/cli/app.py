@@ -6,8 +6,11 @@ import errno
 import importlib
 import io
 import os
+import select
 import sys
-from typing import Any, Final, NoReturn
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Final, NoReturn, TextIO
 
 import click
 
@@ -47,8 +50,36 @@ COMMANDS: Final[dict[str, tuple[str, str, str]]] = {
 }
 
 
+class _ReaderGoneError(Exception):
+    """A write nobody reads; no ``OSError``, since click would end the program for one with 1."""
+
+
+@contextmanager
+def _past_click() -> Iterator[None]:
+    """Let a broken pipe through click, which would make it exit code 1: `internal` in our table."""
+    try:
+        yield
+    except BrokenPipeError as error:
+        raise _ReaderGoneError from error
+
+
+def _keep_lines(command: click.Command) -> None:
+    """Let click wrap no example, here and in the commands below: what is wrapped cannot be copied."""
+    if command.epilog and not command.epilog.startswith("\b"):
+        command.epilog = "\n\n".join(f"\b\n{example}" for example in command.epilog.split("\n\n"))
+    for below in command.commands.values() if isinstance(command, click.Group) else ():
+        _keep_lines(below)
+
+
 class LazyGroup(click.Group):
     """A group whose commands are imported on use."""
+
+    def make_context(
+        self, info_name: str | None, args: list[str], parent: click.Context | None = None, **extra: Any
+    ) -> click.Context:
+        """Parse the command line; this is where ``--help`` and ``--version`` print."""
+        with _past_click():
+            return super().make_context(info_name, args, parent, **extra)
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         """Return the names in the order of a user's journey."""
@@ -60,18 +91,20 @@ class LazyGroup(click.Group):
             return None
         module, attribute, _ = COMMANDS[cmd_name]
         command: click.Command = getattr(importlib.import_module(f"vmgraft.cli.commands.{module}"), attribute)
+        _keep_lines(command)
         return command
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command; a known error is reported here, where colour settings are still in force."""
         from vmgraft.errors import VmgraftError
 
-        try:
-            return super().invoke(ctx)
-        except VmgraftError as error:
-            from vmgraft.cli.output import report_error
+        with _past_click():
+            try:
+                return super().invoke(ctx)
+            except VmgraftError as error:
+                from vmgraft.cli.output import report_error
 
-            return report_error(error, bool(ctx.obj))
+                return report_error(error, bool(ctx.obj))
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the overview from the table, importing nothing."""
@@ -96,7 +129,7 @@ class LazyGroup(click.Group):
 @click.command(
     cls=LazyGroup,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
-    epilog='Example: vmgraft demo    Shell completion: eval "$(_VMGRAFT_COMPLETE=bash_source vmgraft)"',
+    epilog='Example: vmgraft demo\n\nShell completion: eval "$(_VMGRAFT_COMPLETE=bash_source vmgraft)"',
 )
 @click.version_option(__version__, "-V", "--version", prog_name="vmgraft")
 @click.option("--color", type=click.Choice(["auto", "always", "never"]), default="auto", help="Default: auto.")
@@ -114,24 +147,29 @@ def run(argv: list[str] | None = None) -> NoReturn:
     as_json = "--json" in args
     _print_anything()
     try:
+        code = _outcome(args, as_json)
+    except BrokenPipeError:  # while an error was reported
+        code = _broken_pipe(as_json)
+    sys.exit(code)
+
+
+def _outcome(args: list[str], as_json: bool) -> int:
+    """Run the program, report what went wrong, and return the exit code."""
+    try:
         result: Any = cli.main(args, prog_name="vmgraft", standalone_mode=False, obj=as_json)
     except (click.exceptions.Abort, KeyboardInterrupt):
         from vmgraft.cli.output import report_interrupt
 
-        code = report_interrupt(as_json)
+        return report_interrupt(as_json)
     except click.ClickException as error:
-        code = _usage(error, as_json)
-    except BrokenPipeError:
-        # The reader went away (`vmgraft inspect | head`): end as other programs do, without a message.
-        _drop_output()
-        code = exitcodes.BROKEN_PIPE
+        return _usage(error, as_json)
+    except (_ReaderGoneError, BrokenPipeError):
+        return _broken_pipe(as_json)
     except OSError as error:
-        code = _system(error, as_json)
+        return _system(error, as_json)
     except Exception as error:  # noqa: BLE001 - the last line: a bug is reported as one, and never looks like a verdict
-        code = _internal(error, as_json)
-    else:
-        code = result if isinstance(result, int) else exitcodes.OK
-    sys.exit(code)
+        return _internal(error, as_json)
+    return result if isinstance(result, int) else exitcodes.OK
 
 
 def _print_anything() -> None:
@@ -141,10 +179,31 @@ def _print_anything() -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
-def _drop_output() -> None:
-    """Throw away what stdout cannot take, so that the interpreter does not complain about it at its end."""
-    if sys.stdout is not None:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+def _drop_output(stream: TextIO | None) -> None:
+    """Throw away what a stream cannot take, so that the interpreter does not complain about it at its end."""
+    if stream is not None:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def _broken_pipe(as_json: bool) -> int:
+    """End as other programs do when the reader went away (`vmgraft inspect | head`): without a message."""
+    gone = [stream for stream in (sys.stdout, sys.stderr) if _unread(stream)]
+    if not gone:  # a pipe of our own, and no command foresaw that its other end would close
+        return _system(BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE)), as_json)
+    for stream in gone:
+        _drop_output(stream)
+    return exitcodes.BROKEN_PIPE
+
+
+def _unread(stream: TextIO | None) -> bool:
+    """Tell whether a standard stream is a pipe or socket that nobody reads any more."""
+    poll = select.poll()
+    try:
+        if stream is not None:
+            poll.register(stream, 0)  # POLLERR and POLLHUP are reported always (poll(2))
+    except (OSError, ValueError):  # closed, or no file at all
+        return False
+    return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
 
 
 def _system(error: OSError, as_json: bool) -> int:
@@ -158,7 +217,7 @@ def _system(error: OSError, as_json: bool) -> int:
         sys.stdout.flush()
         return report_error(problem, as_json)
     except OSError:
-        _drop_output()
+        _drop_output(sys.stdout)
         return report_error(problem, as_json=False)
 
 

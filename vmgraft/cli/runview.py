@@ -10,11 +10,18 @@ import click
 
 from vmgraft.cli.console import Outputs
 from vmgraft.cli.exitcodes import exit_code
-from vmgraft.cli.output import emit_json, printable, report_error
+from vmgraft.cli.output import emit_json, printable, report_error, show_warnings
 from vmgraft.cli.views import show_report, verdict_document
 from vmgraft.errors import ExpectationError, VmgraftError
+from vmgraft.signing.contract import Report
 from vmgraft.vmmhost.core.machine import MachineResult
 from vmgraft.vmmhost.launch import RunReport
+
+
+def warn_before(verdict: Report) -> None:
+    """Print on stderr what speaks against an image that is about to boot; of a refused one ``finish_run`` tells all."""
+    if verdict.ok:
+        show_warnings(list(verdict.warnings))
 
 
 def finish_run(report: RunReport, image: Path, outputs: Outputs, *, as_json: bool) -> int:

@@ -72,7 +72,8 @@ def show_inspection(report: dict[str, Any]) -> None:
         click.echo(f"├─ {UNVERIFIED} backing file {printable(item)}")
     if claims["backingProblem"] is not None:
         click.echo(f"├─ {UNVERIFIED} backing file: {_text(claims['backingProblem'])}")
-    click.echo(f"├─ room for an inline record: {image['room']['inline']} bytes ({image['room']['reason']})")
+    if graft["state"] == "none":
+        click.echo(f"├─ room for an inline record: {image['room']['inline']} bytes ({image['room']['reason']})")
     click.echo("├─ container")
     _branch(claims["container"], "│  ")
     _show_partitions(claims["partitions"])
@@ -141,7 +142,7 @@ def _branch(value: Any, indent: str) -> None:
         for number, item in enumerate(value):
             _leaf(f"[{number}]", item, indent)
     else:
-        click.echo(f"{indent}{UNVERIFIED} {_text(value)}")
+        click.echo(f"{indent}{UNVERIFIED} {_word(value)}")
 
 
 def _leaf(label: str, item: Any, indent: str) -> None:
@@ -150,7 +151,14 @@ def _leaf(label: str, item: Any, indent: str) -> None:
         click.echo(f"{indent}{UNVERIFIED} {label}")
         _branch(item, indent + "  ")
     else:
-        click.echo(f"{indent}{UNVERIFIED} {label}: {_text(item)}")
+        click.echo(f"{indent}{UNVERIFIED} {label}: {_word(item)}")
+
+
+def _word(value: Any) -> str:
+    """Return a claim as people read it: no Python words."""
+    if value is None or isinstance(value, bool):
+        return {None: "none", True: "yes", False: "no"}[value]
+    return "-" if value in ([], {}) else _text(value)
 
 
 def _text(value: Any) -> str:

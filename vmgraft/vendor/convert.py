@@ -20,14 +20,21 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from vmgraft.errors import ContentMismatchError, FileError, GraftFormatError, UnsupportedError, UsageError
+from vmgraft.errors import (
+    ContentMismatchError,
+    FileError,
+    GraftFormatError,
+    MalformedImageError,
+    UnsupportedError,
+    UsageError,
+)
 from vmgraft.imagefmt.commit import Writer, atomic_output
 from vmgraft.imagefmt.contract import PROBE, GraftState, Image, Located, Opening, Placement, Progress
 from vmgraft.imagefmt.flatfile import FlatFile
 from vmgraft.imagefmt.graft import Graft, attach_sections, open_image
 from vmgraft.imagefmt.locks import writers_kept_out
 from vmgraft.imagefmt.record import Section
-from vmgraft.imagefmt.registry import detect, get_format
+from vmgraft.imagefmt.registry import PROBE_SIZE, detect, get_format
 from vmgraft.imagefmt.tree import build_tree
 from vmgraft.imagefmt.treenodes import ContentTree
 from vmgraft.imagefmt.write import format_of_name, get_writer
@@ -105,6 +112,8 @@ def convert(source: Path, destination: Path, options: ConvertOptions, progress: 
     with _kept_from_writers(source, options.opening), open_image(source, options.opening) as image:  # 1
         if not image.is_disk:
             raise UnsupportedError(f"{image.format_name} is no disk and cannot be converted", file=source)
+        if name == "iso9660":
+            _check_iso(image, source)
         graft, dropped = _intact_graft(image, options)
         sections = [] if graft is None else carried_sections(graft)
         with work_file(destination) as work:
@@ -113,7 +122,7 @@ def convert(source: Path, destination: Path, options: ConvertOptions, progress: 
                 _check_bound(graft, tree)  # 3
             warnings = _misread(work, name, destination, options, carries=graft is not None)
             opening = Opening(root=work.parent, format=name)
-            _check_plain(work, opening)
+            _check_plain(work, opening, source)
             if graft is not None:  # 4
                 attach_sections(
                     work, sections, placement=options.placement, tree_digest=tree.tree_digest, opening=opening
@@ -215,14 +224,37 @@ def _misread(work: Path, name: str, destination: Path, options: ConvertOptions, 
     return [warning]
 
 
-def _check_plain(work: Path, opening: Opening) -> None:
+def _check_iso(image: Image, source: Path) -> None:
+    """Refuse early, before the content is copied, to call a disk an ISO image that does not begin as one.
+
+    Raises:
+        UnsupportedError: the content does not begin as ECMA-119 wants it.
+    """
+    if not get_format("iso9660").probe(image.read(0, PROBE_SIZE), image.virtual_size):
+        raise _no_iso(source)
+
+
+def _no_iso(source: Path, why: str = "") -> UnsupportedError:
+    return UnsupportedError(
+        f"its content is no ISO 9660 volume{why}, so it cannot be written as an ISO",
+        file=source,
+        hint="name another suffix or -O raw",
+    )
+
+
+def _check_plain(work: Path, opening: Opening, source: Path) -> None:
     """Refuse content that the format would show as a graft: a trailer at the end of the guest's own disk, say.
 
     Raises:
-        UnsupportedError: the content cannot be told from a grafted image.
+        UnsupportedError: the content cannot be told from a grafted image, or is none that the format can hold.
     """
-    with open_image(work, opening) as image:
-        state = image.locate().state
+    try:
+        with open_image(work, opening) as image:
+            state = image.locate().state
+    except MalformedImageError as problem:
+        if opening.format != "iso9660":
+            raise
+        raise _no_iso(source, f" ({problem.message})") from problem
     if state is not GraftState.NONE:
         raise UnsupportedError(
             f"the guest content itself looks like a grafted {opening.format} image ({state.value})",

@@ -77,12 +77,14 @@ class Edited:
     Attributes:
         attached: The new graft.
         extensions: All extensions the image carries now, in load order.
+        before: All extensions it carried before, in load order.
         dropped_signers: keyids of the old envelope that have not signed the new statement. They are what it claims;
             only one of them need have been checked.
     """
 
     attached: Attached
     extensions: tuple[Package, ...]
+    before: tuple[Package, ...]
     dropped_signers: tuple[str, ...]
 
 
@@ -197,15 +199,16 @@ def remove_extensions(
     return _edit(image, change, keys, options, progress)
 
 
-def carried_ids(image: Path, opening: Opening = PROBE) -> list[str]:
-    """Return the ids of the extensions that an image claims to carry; nothing is verified.
+def carried_versions(image: Path, opening: Opening = PROBE) -> dict[str, str]:
+    """Return id and version of the extensions that an image claims to carry; nothing is verified.
 
     Raises:
         NoGraftError: the image carries no graft.
         GraftFormatError: a manifest cannot be read.
     """
     with open_image(image, opening) as opened:
-        return [parse_manifest(data, file=image).id for data in open_graft(opened).manifests()]
+        manifests = [parse_manifest(data, file=image) for data in open_graft(opened).manifests()]
+    return {manifest.id: manifest.version for manifest in manifests}
 
 
 def _refuse_downgrade(old: Package, new: Package | None, image: Path) -> None:
@@ -260,7 +263,8 @@ def _edit(
     keyids = tuple(key.keyid for key in keys)
     digest = hashlib.sha256(statement).hexdigest()
     attached = Attached(options.output or image, located, digest, content, keyids)
-    return Edited(attached, tuple(packages), tuple(item for item in old.signers if item not in keyids))
+    gone = tuple(item for item in old.signers if item not in keyids)
+    return Edited(attached, tuple(packages), tuple(old.packages), gone)
 
 
 def _content(

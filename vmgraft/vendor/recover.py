@@ -19,7 +19,7 @@ from vmgraft.errors import FileError, GraftFormatError, UnsupportedError, UsageE
 from vmgraft.imagefmt.contract import PROBE, GraftState, Image, Located, Opening, Placement
 from vmgraft.imagefmt.graft import Graft, detach_image, open_image
 from vmgraft.imagefmt.journal import BETWEEN, read_journal
-from vmgraft.imagefmt.replace import finish_change
+from vmgraft.imagefmt.replace import finish_change, point_again
 
 #: What is wrong with a sidecar rather than with the image.
 _ASIDE = (GraftState.NO_RECORD, GraftState.SWAPPED, GraftState.STALE)
@@ -131,7 +131,7 @@ def _mend(image: Path, opening: Opening) -> list[str]:
 def _point_again(image: Image, located: Located) -> VmgraftError | None:
     """Return why the record cannot be pointed to again, or None: it was."""
     try:
-        image.reattach(located)
+        point_again(image, located)
     except (UnsupportedError, GraftFormatError, UsageError) as problem:
         return problem
     after = image.locate()

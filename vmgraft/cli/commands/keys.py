@@ -67,7 +67,7 @@ def show(references: tuple[str, ...], passphrase_file: Path | None, passphrase_f
       file:/path/to/acme.key
       pkcs11:token=T;object=K?module-path=/path/lib.so&pin-source=file:/path
       exec:/path/to/program?public-key=/path/to/acme.pub
-      awskms:ID   gcpkms:projects/...   azurekms://VAULT...   hv:KEY/VERSION
+      awskms:ID   gcpkms:projects/...   azurekms://VAULT...   hv:KEY/VERSION (Vault)
     """
     from vmgraft.cli.output import emit_ok
     from vmgraft.cli.passphrase import existing_passphrase

@@ -85,6 +85,7 @@ def recover(image: Path, dry_run: bool, opening: Opening, as_json: bool) -> None
     wrong, or all of it was mended. Exit 5: something is beyond repair.
     """
     from vmgraft.cli.output import emit_ok, orderly_end, printable
+    from vmgraft.imagefmt.contract import GraftState
     from vmgraft.vendor.recover import recover as run
 
     with orderly_end():
@@ -105,4 +106,8 @@ def recover(image: Path, dry_run: bool, opening: Opening, as_json: bool) -> None
         click.echo(f"found  {printable(text)}")
     for text in result.done:
         click.echo(f"done   {printable(text)}")
-    click.echo(f"state  {result.after.value}" if result.found else f"nothing to recover (state: {result.after.value})")
+    if result.found:
+        click.echo(f"state  {result.after.value}")
+    else:
+        sound = result.after is GraftState.OK
+        click.echo(f"nothing is wrong: {'the graft is sound' if sound else 'there is no graft'}")

@@ -96,7 +96,7 @@ def run(
     """
     from vmgraft.cli.console import Outputs
     from vmgraft.cli.output import progress_bar
-    from vmgraft.cli.runview import finish_run
+    from vmgraft.cli.runview import finish_run, warn_before
     from vmgraft.signing.keyfiles import load_public
     from vmgraft.vmmhost.launch import Launcher
     from vmgraft.vmmhost.plan import RunOptions
@@ -109,8 +109,9 @@ def run(
     with Outputs(screen=screen, serial=serial, as_json=as_json) as outputs:
         with progress_bar("verify", quiet=quiet or as_json) as bar:
             launcher = Launcher(
-                image, policy_path, options, serial=outputs.serial_sink, progress=bar, confine=not dry_run
-            )
+                image, policy_path, options, serial=outputs.serial_sink, progress=bar,
+                judged=None if as_json else warn_before, confine=not dry_run,
+            )  # fmt: skip
             report = launcher.plan() if dry_run else launcher.run()
         return finish_run(report, image, outputs, as_json=as_json)
 

@@ -104,7 +104,7 @@ def attach(
     change = edit.add_extensions if mode == "add" else edit.replace_extensions
     with orderly_end(), progress_bar("digest", quiet=quiet or as_json) as progress:
         edited = change(image, packages, signers, options, progress)
-    _report_edited(edited, opening, as_json)
+    _report_edited(edited, {package.id for package in packages}, opening, as_json)
 
 
 def _attach_options(signing: Signing, opening: Opening) -> AttachOptions:
@@ -147,19 +147,42 @@ def _report_attached(done: Attached, packages: Sequence[Package], opening: Openi
     if as_json:
         emit_ok(_attached_document(done, packages))
     else:
-        _show_attached(done, packages)
+        click.echo(f"attached  {_names(packages)}")
+        _show_attached(done, "to")
         _raw_recipes(done.path, opening)
 
 
-def _report_edited(edited: Edited, opening: Opening, as_json: bool) -> None:
-    """Say what the image carries after an edit, and whose signatures are gone."""
+def _report_edited(edited: Edited, named: set[str], opening: Opening, as_json: bool) -> None:
+    """Say what an edit did to the extensions ``named`` and to the others, and whose signatures are gone."""
     from vmgraft.cli.output import emit_ok, printable
 
+    before = {package.id: package for package in edited.before}
+    now = {package.id for package in edited.extensions}
+    removed = [package for package in edited.before if package.id not in now]
+    replaced = [(before[item.id], item) for item in edited.extensions if item.id in before and item.id in named]
+    added = [item for item in edited.extensions if item.id not in before]
+    kept = [item for item in edited.extensions if item.id in before and item.id not in named]
     if as_json:
-        document = _attached_document(edited.attached, edited.extensions)
-        emit_ok({**document, "droppedSigners": list(edited.dropped_signers)})
+        emit_ok(
+            {
+                **_attached_document(edited.attached, edited.extensions),
+                "removed": _entries(removed),
+                "replaced": [
+                    {"id": new.id, "version": new.version, "previousVersion": old.version} for old, new in replaced
+                ],
+                "added": _entries(added),
+                "kept": _entries(kept),
+                "droppedSigners": list(edited.dropped_signers),
+            }
+        )
         return
-    _show_attached(edited.attached, edited.extensions)
+    exchanged = ", ".join(f"{old.id} {old.version} with {new.version}" for old, new in replaced)
+    for label, text in (
+        ("removed", _names(removed)), ("replaced", exchanged), ("added", _names(added)), ("kept", _names(kept)),
+    ):  # fmt: skip
+        if text:
+            click.echo(f"{label:<9} {text}")
+    _show_attached(edited.attached, "in")
     for keyid in edited.dropped_signers:
         click.echo(f"gone      the signature of {printable(keyid)}: it was over the old statement")
     _raw_recipes(edited.attached.path, opening)
@@ -174,19 +197,28 @@ def _attached_document(done: Attached, packages: Sequence[Package]) -> dict[str,
         "recordSize": None if locator is None else locator.record_size,
         "statementSha256": done.statement_sha256,
         "keyids": list(done.keyids),
-        "extensions": [{"id": package.id, "version": package.version} for package in packages],
+        "extensions": _entries(packages),
         "contentTree": done.content.tree_digest.hex(),
     }
 
 
-def _show_attached(done: Attached, packages: Sequence[Package]) -> None:
-    """Say what was attached, where to and under which keys."""
+def _entries(packages: Sequence[Package]) -> list[dict[str, str]]:
+    """Return extensions as JSON lists them."""
+    return [{"id": package.id, "version": package.version} for package in packages]
+
+
+def _names(packages: Sequence[Package]) -> str:
+    """Return extensions as a line lists them."""
+    return ", ".join(f"{package.id} {package.version}" for package in packages)
+
+
+def _show_attached(done: Attached, where: str) -> None:
+    """Say where the extensions are, ``to`` or ``in``, and under which keys."""
     from vmgraft.cli.output import human_size, printable
 
     locator = done.located.locator
     placed = "" if locator is None else f"  ({locator.placement.value}, record of {human_size(locator.record_size)})"
-    click.echo(f"attached  {', '.join(f'{package.id} {package.version}' for package in packages)}")
-    click.echo(f"to        {printable(str(done.path))}{placed}")
+    click.echo(f"{where:<9} {printable(str(done.path))}{placed}")
     for keyid in done.keyids:
         click.echo(f"signed    {keyid}")
     click.echo(f"content   sha256 tree {done.content.tree_digest.hex()}, read back and verified")
@@ -238,11 +270,12 @@ def detach(
     from vmgraft.vendor import edit
     from vmgraft.vendor import graft as grafting
 
-    if ids and keys and set(ids) != set(edit.carried_ids(image, opening)):
+    carried = edit.carried_versions(image, opening) if ids else {}
+    if ids and keys and set(ids) != set(carried):
         signers, options = keys.load(), _edit_options(signing, opening)
         with orderly_end(), progress_bar("digest", quiet=quiet or as_json) as progress:
             edited = edit.remove_extensions(image, ids, signers, options, progress)
-        _report_edited(edited, opening, as_json)
+        _report_edited(edited, set(ids), opening, as_json)
         return
     if ids:
         grafting.check_detach_ids(image, ids, opening)
@@ -250,7 +283,8 @@ def detach(
     with orderly_end():
         path = grafting.detach(image, output=signing.output, opening=opening)
     if as_json:
-        emit_ok({"image": str(path)})
+        removed = [{"id": name, "version": version} for name, version in carried.items()]
+        emit_ok({"image": str(path), **({"removed": removed, "kept": []} if ids else {})})
         return
     click.echo(f"detached  {printable(str(path))}")
 
