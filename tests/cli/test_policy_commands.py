@@ -112,6 +112,16 @@ def test_init_with_authorities(place: Path) -> None:
     assert 'trustedIdentities is "*"' in ok(place, "policy", "check", "der.json").stdout
 
 
+def test_development_authorities_are_marked_when_a_policy_is_made(place: Path) -> None:
+    if not (place / "dev").exists():
+        ok(place, "dev-ca", "dev")
+    done = ok(place, "policy", "init", "--ca", "dev=dev/root.pem", "--identity", "*", "-o", "try.json")
+    assert "warning: ca:dev holds a development authority: anybody may hold its keys\n" in done.stderr
+    assert "ca:dev holds a development authority" in ok(place, "policy", "check", "try.json").stdout
+    done = ok(place, "policy", "init", "--ca", "root.pem", "--identity", "*", "-o", "real.json")
+    assert "warning" not in done.stderr
+
+
 @pytest.mark.parametrize(
     "args",
     [
@@ -146,3 +156,8 @@ def test_import_notary(place: Path) -> None:
     call(place, *start, "no.json", *crl, "--scope", "reg.example/app", code=2)
     ok(place, *start, "notary.json", *crl, "--scope", "reg.example/app=name:app-*")
     assert "grants nothing" in ok(place, "policy", "check", "notary.json").stdout
+    ok(place, "dev-ca", "notary-dev")
+    (store / "root.pem").write_bytes((place / "notary-dev" / "root.pem").read_bytes())
+    crl = ("--crl", "acme=notary-dev/crls.pem")
+    done = ok(place, *start, "notary-dev.json", *crl, "--scope", "reg.example/app=name:app-*")
+    assert "warning: ca:acme holds a development authority" in done.stderr

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vmgraft.errors import FileError, UsageError
-from vmgraft.imagefmt.blob import CHUNK, SMALL, BytesBlob, FileBlob, Spool, blob_of, file_blob, open_blob
+from vmgraft.imagefmt.blob import CHUNK, SMALL, Blob, BytesBlob, FileBlob, Spool, blob_of, file_blob, open_blob
 
 DATA = os.urandom(CHUNK + 4321)
 
@@ -49,6 +49,34 @@ def test_a_file_that_was_cut_is_an_error(tmp_path):
     assert len(blob.read_all()) == 60
     with pytest.raises(FileError, match="ends at byte 60"):
         list(blob.chunks())
+
+
+def test_a_file_that_was_cut_in_the_middle_of_a_later_chunk_is_an_error(tmp_path):
+    path = tmp_path / "data"
+    path.write_bytes(DATA)
+    with path.open("rb") as file:
+        blobs = [FileBlob(file.fileno(), 0, len(DATA), file=path) for _ in range(2)]
+    os.truncate(path, CHUNK + 1000)
+    chunks = blobs[0].chunks()
+    assert next(chunks) == DATA[:CHUNK]
+    with pytest.raises(FileError, match=f"ends at byte {CHUNK + 1000} of them"):
+        next(chunks)
+    with pytest.raises(FileError, match="ends at byte"):
+        assert blobs[1].sha256
+
+
+class ShortBlob(Blob):
+    """Claims a byte more than it has."""
+
+    size = CHUNK + 10
+
+    def read(self, offset, length):
+        return bytes(CHUNK + 9)[offset : offset + length]
+
+
+def test_any_blob_that_ends_early_is_an_error():
+    with pytest.raises(FileError, match=f"ends at byte {CHUNK + 9} of them"):
+        list(ShortBlob().chunks())
 
 
 def test_small_files_are_read_at_once_and_large_ones_keep_a_descriptor(tmp_path):
@@ -90,7 +118,7 @@ def test_spool(tmp_path):
 
 #: Attaches, reads back and detaches a sidecar record of the given number of 64 MiB sections; prints the peak memory.
 STREAM = """
-import resource, sys
+import sys
 from pathlib import Path
 from vmgraft.imagefmt.blob import open_blob
 from vmgraft.imagefmt.contract import GraftState
@@ -110,7 +138,8 @@ with open_image(image) as opened:
         assert graft.payload(hashlib.sha256(raw).hexdigest()) == raw
         del raw
 detach_image(image)
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+# Not ru_maxrss, which counts what the parent had before exec.
+print(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")))
 """
 
 

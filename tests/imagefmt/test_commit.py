@@ -1,14 +1,20 @@
 """The crash-safe writer, atomic outputs, and copies."""
 
 import os
+import stat
+from pathlib import Path
 
 import pytest
 from imagefmt_helpers import operations_of, run_and_die
 
 from vmgraft.errors import FileError, UsageError
 from vmgraft.imagefmt import commit
+from vmgraft.imagefmt.blob import BytesBlob
 from vmgraft.imagefmt.commit import Writer, atomic_output, observing, remove_file, write_all
+from vmgraft.imagefmt.contract import Locator, Placement
 from vmgraft.imagefmt.copy import copy_file
+from vmgraft.imagefmt.journal import journal_path
+from vmgraft.imagefmt.sidecar import sidecar_path, write_record_file
 
 
 def save(path, data, **options):
@@ -137,6 +143,71 @@ def test_kill_at_every_step_of_an_output(tmp_path, replace):
             assert target.read_bytes() == b"new"
             return
     raise AssertionError("never came to an end")
+
+
+@pytest.fixture
+def disk_log(monkeypatch):
+    """What reaches the disk, in order: (step, file or folder); steps are names given and taken, and real flushes."""
+    seen, fsync = [], os.fsync
+
+    def flush(fd):
+        folder = stat.S_ISDIR(os.fstat(fd).st_mode)
+        seen.append(("fsync", Path(f"/proc/self/fd/{fd}").readlink() if folder else None))
+        fsync(fd)
+
+    monkeypatch.setattr(os, "fsync", flush)
+
+    def log(operation):
+        if operation.name in ("write", "link", "rename", "unlink"):
+            seen.append((operation.name, operation.file))
+
+    with observing(log):
+        yield seen
+
+
+@pytest.mark.parametrize("replace", [False, True])
+def test_an_output_is_flushed_before_it_gets_its_name_and_the_name_after(tmp_path, way, replace, disk_log):
+    target = tmp_path / "out"
+    if replace:
+        target.write_bytes(b"old")
+    save(target, b"new", replace=replace)
+    steps = [item for item in disk_log if item[0] != "link" or item[1] == target]
+    named = ("rename" if replace else "link", target)
+    assert steps == [("write", target), ("fsync", None), named, ("fsync", tmp_path)]
+
+
+@pytest.mark.parametrize("name", [sidecar_path, journal_path])
+def test_sidecar_and_journal_are_flushed_before_they_get_their_names(tmp_path, name, disk_log):
+    image = tmp_path / "disk.img"
+    image.touch()
+    target = name(image)
+    record = BytesBlob(b"r" * 100)
+    write_record_file(target, image, Locator(Placement.SIDECAR, 0, 100, record.sha256, bytes(32), 0), record)
+    assert [item[0] for item in disk_log] == ["write", "write", "fsync", "link", "fsync"]
+    assert disk_log[-2:] == [("link", target), ("fsync", tmp_path)]
+
+
+def test_a_removed_name_is_flushed(tmp_path, disk_log):
+    path = tmp_path / "gone"
+    path.write_bytes(b"x")
+    remove_file(path)
+    assert disk_log == [("unlink", path), ("fsync", tmp_path)]
+
+
+@pytest.mark.parametrize(("offset", "size"), [(0, 20000), (1, 7), (4090, 12), (8000, 300), (5000, 9000), (7, 0)])
+def test_wiping_leaves_holes_alone(tmp_path, offset, size):
+    path = tmp_path / "file"
+    before = bytearray(b"x" * 6000 + bytes(7000) + b"y" * 7000)
+    path.write_bytes(before)
+    with open(path, "r+b") as file:
+        writer = Writer(file.fileno(), file=path)
+        seen = operations_of(lambda: writer.wipe(offset, size))
+    wanted = before[:offset] + bytes(size) + before[offset + size :]
+    assert path.read_bytes() == wanted
+    for item in seen:
+        assert offset <= item.offset and item.offset + len(item.data) <= offset + size
+        assert any(before[item.offset : item.offset + 4096])
+    assert sum(len(item.data) for item in seen) <= size - (4096 if size == 20000 else 0)
 
 
 def test_remove_file(tmp_path):

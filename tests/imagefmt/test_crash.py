@@ -23,6 +23,7 @@ from vmgraft.imagefmt.graft import detach_image, open_image
 from vmgraft.imagefmt.record import Section, SectionKind
 from vmgraft.imagefmt.registry import format_names
 from vmgraft.imagefmt.sidecar import sidecar_path
+from vmgraft.vendor.recover import recover
 
 
 @pytest.fixture(params=CASES, ids=IDS)
@@ -45,6 +46,21 @@ def is_grafted(path, pristine):
     return state_of(path) is GraftState.OK and problem_of(path) is None and content_of(path) == pristine
 
 
+def check_recover(path, content, pristine):
+    """`vmgraft recover` finds what a crash has left, and brings it to before or after; the files are put back then."""
+    left, side = path.read_bytes(), sidecar_bytes(path)
+    announced = recover(path, dry_run=True).found
+    assert (path.read_bytes(), sidecar_bytes(path)) == (left, side)
+    assert announced or is_clean(path, content) or is_grafted(path, pristine)
+    result = recover(path)
+    assert result.found == announced
+    assert is_clean(path, content) or is_grafted(path, pristine)
+    assert recover(path).done == ()
+    restore(path, left)
+    if side is not None:
+        sidecar_path(path).write_bytes(side)
+
+
 def settle(path, content, placement, pristine):
     """What a crash has left is before or after; either way the next attach and detach work, and leave no trace.
 
@@ -52,6 +68,7 @@ def settle(path, content, placement, pristine):
         Whether it was after.
     """
     assert content_of(path) == pristine
+    check_recover(path, content, pristine)
     after = is_grafted(path, pristine)
     if not after:
         # A sidecar is there before anything points to it; a second end of an archive before the record.

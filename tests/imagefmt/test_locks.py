@@ -12,6 +12,7 @@ from vmgraft.imagefmt.contract import Placement
 from vmgraft.imagefmt.flatfile import FlatFile
 from vmgraft.imagefmt.graft import detach_image, open_image
 from vmgraft.imagefmt.locks import image_lock
+from vmgraft.imagefmt.sidecar import sidecar_path
 
 
 def stop(process):
@@ -25,10 +26,10 @@ def qemu_io(raw_image):
     """Return a function that starts a qemu-io, which keeps the image open for writing."""
     running = []
 
-    def start():
+    def start(*options, path=raw_image, kind="raw"):
         tool("qemu-io", "--version")
         process = subprocess.Popen(
-            ["qemu-io", "-f", "raw", str(raw_image)],
+            ["qemu-io", *options, "-f", kind, str(path)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -61,6 +62,19 @@ def test_qemu_refuses_to_write_while_we_hold(raw_image):
     tool("qemu-io", "-f", "raw", "-c", "write -P 3 0 512", raw_image)
     os.close(fd)
     assert raw_image.read_bytes()[:512] == b"\3" * 512
+
+
+@pytest.mark.parametrize("kind", ["raw", "qcow2", "vmdk", "vdi", "vpc", "vhdx"])
+def test_we_refuse_while_qemu_reads(tmp_path, qemu_io, kind):
+    path = tmp_path / f"read.{kind}"
+    tool("qemu-img", "create", "-q", "-f", kind, path, "1M")
+    before = digest(path)
+    process = qemu_io("-r", path=path, kind=kind)
+    with pytest.raises(ImageInUseError):
+        attach(path, Placement.SIDECAR)
+    assert digest(path) == before and not sidecar_path(path).exists()
+    stop(process)
+    attach(path, Placement.SIDECAR)
 
 
 def test_we_refuse_while_qemu_writes(raw_image, qemu_io):

@@ -1,7 +1,9 @@
 """Sidecars: lost, cut, foreign, hostile."""
 
 import dataclasses
+import errno
 import os
+import stat
 import struct
 import tracemalloc
 from hashlib import sha256
@@ -12,9 +14,10 @@ from imagefmt_helpers import attach, content_of, digest, iso_bytes, problem_of, 
 from vmgraft.errors import FileError, GraftFormatError, NoGraftError
 from vmgraft.imagefmt.contract import GraftState, Placement
 from vmgraft.imagefmt.graft import attach_sections, detach_image, open_graft, open_image
+from vmgraft.imagefmt.journal import write_journal
 from vmgraft.imagefmt.locator import pack_locator
 from vmgraft.imagefmt.record import Section, SectionKind
-from vmgraft.imagefmt.sidecar import read_sidecar, sidecar_path, write_sidecar
+from vmgraft.imagefmt.sidecar import read_sidecar, refuse_long_name, sidecar_path, write_sidecar
 from vmgraft.imagefmt.tree import digest_content
 
 
@@ -267,3 +270,48 @@ def test_image_names_up_to_the_longest(tmp_path, length, suffix):
         detach_image(path)
     assert digest(path) == before
     assert [item.name for item in tmp_path.iterdir()] == [path.name]
+
+
+# --- permissions and names ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", [0o600, 0o640, 0o666, 0o755])
+@pytest.mark.parametrize("unnamed", [True, False])
+def test_sidecar_and_journal_have_the_permissions_of_the_image(raw_image, mode, unnamed, monkeypatch):
+    if not unnamed:  # as on a file system without files that have no name
+        monkeypatch.setattr(os, "O_TMPFILE", os.O_DIRECTORY | os.O_WRONLY)
+    raw_image.chmod(mode)
+    attach(raw_image, Placement.SIDECAR)
+    with open_image(raw_image) as image:
+        journal = write_journal(image, image.locate()).path
+    for path in (sidecar_path(raw_image), journal):
+        assert stat.S_IMODE(path.stat().st_mode) == mode & 0o666
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EROFS])
+def test_a_folder_that_cannot_be_written_is_told_with_a_way_out(raw_image, monkeypatch, number):
+    really = os.open
+
+    def refuse(path, flags, *args, **kwargs):
+        if flags & os.O_CREAT or flags & os.O_TMPFILE == os.O_TMPFILE:
+            raise OSError(number, os.strerror(number))
+        return really(path, flags, *args, **kwargs)
+
+    with monkeypatch.context() as patch, pytest.raises(FileError, match="could not be created") as caught:
+        patch.setattr(os, "open", refuse)
+        attach(raw_image, Placement.SIDECAR)
+    assert "make the folder writable, or use -o OUT" in caught.value.hint
+
+
+def test_a_name_too_long_for_a_sidecar(tmp_path, raw_image):
+    path, longer = raw_image.rename(tmp_path / ("n" * 247)), tmp_path / ("n" * 248)
+    refuse_long_name(sidecar_path(path))
+    attach(path, Placement.SIDECAR)
+    detach_image(path)
+    path.rename(longer)
+    before = longer.read_bytes()
+    for action in (lambda: attach(longer, Placement.SIDECAR), lambda: refuse_long_name(sidecar_path(longer))):
+        with pytest.raises(FileError, match="File name too long") as caught:
+            action()
+        assert "shorter name, or use -o OUT" in caught.value.hint
+    assert longer.read_bytes() == before

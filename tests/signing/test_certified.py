@@ -276,7 +276,8 @@ def tsa(monkeypatch):
 
     from vmgraft.errors import BadSignatureError
 
-    def examine_timestamp(token, signature, authorities):
+    def examine_timestamp(token, signature, authorities, effort):
+        assert not effort.spent
         assert authorities and signature
         if token == b"bad":
             raise BadSignatureError("the token is broken")

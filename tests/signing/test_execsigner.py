@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -117,6 +119,29 @@ def test_a_program_that_takes_too_long(key, program, body):
         load_signer(program(body, "&timeout=1")).sign(b"m")
     assert "timeout=" in caught.value.hint
     assert time.monotonic() - begun < 10
+
+
+def test_what_a_late_program_started_is_killed_too(tmp_path, key, program):
+    """Where there is no terminal: there the program has a process group of its own."""
+    uri = program(f"sleep 60 & echo $! > '{tmp_path}/pid'; exec cat", "&timeout=1")
+    code = (
+        "import sys\nfrom vmgraft.errors import FileError\nfrom vmgraft.signing.signers import load_signer\n"
+        "try:\n    load_signer(sys.argv[1]).sign(b'm')\nexcept FileError as error:\n    print(error)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, uri],
+        capture_output=True,
+        text=True,
+        check=True,
+        start_new_session=True,
+        timeout=20,
+    )
+    assert "longer than 1 s" in done.stdout
+    status = Path(f"/proc/{int((tmp_path / 'pid').read_text())}/status")
+    deadline = time.monotonic() + 5
+    while status.exists() and "State:\tZ" not in status.read_text():
+        assert time.monotonic() < deadline, "it still runs"
+        time.sleep(0.02)
 
 
 def test_no_descriptor_is_left_open(key, program):

@@ -94,6 +94,21 @@ def test_an_expired_certificate_needs_a_timestamp_from_before(sim, tmp_path):
     assert judge(stamped, Vouchers(roots=roots, tsa_roots=(TSA_ROOT.der,)), now=late)
 
 
+def test_a_timestamp_from_the_future_proves_nothing(sim, tmp_path):
+    """The authority's clock is ahead of ours: a certificate that begins later would be good by it."""
+    (tmp_path / "serial").write_text("01")
+    ahead = datetime.now(UTC) - ca.NOW
+    leaf = ca.issue("Release", INTER, days=(ahead.days - 20, 4000))
+    plain = certified(sim, leaf)
+    stamp = Tsa(tmp_path, TSA_LEAF).reply(make_request(plain.signatures[0].sig))
+    extension = pack_material(Material((leaf.der, INTER.der), (stamp,)))
+    stamped = dataclasses.replace(plain, signatures=(dataclasses.replace(plain.signatures[0], extension=extension),))
+    vouchers = Vouchers(roots=(ROOT.der,), tsa_roots=(TSA_ROOT.der,))
+    with pytest.raises(ExpiredError, match="not valid before"):
+        judge(stamped, vouchers, now=datetime.now(UTC) - timedelta(days=30))
+    assert judge(stamped, vouchers)
+
+
 def test_an_envelope_that_would_be_too_long(sim):
     envelope = parse_envelope(sim.graft().stored[0])
     long = Signature("x", b"\0", {"kind": "y", "pad": "a" * MAX_ENVELOPE})

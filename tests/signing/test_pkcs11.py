@@ -190,6 +190,7 @@ def test_the_pin_is_never_shown(stored):
         ("pkcs11:token=t;object=a?module-path=lib.so", "absolute path"),
         ("pkcs11:token=t;object=a?module-path=/nowhere/lib.so", "no such PKCS#11 library"),
         ("pkcs11:token=t;object=a?module-path=/etc/passwd", "the token refuses"),
+        ("pkcs11:token=t;object=a?pin-value=12&SECRET=1", "has an unknown attribute$"),
         ("pkcs11:token=t;object=a?module-name=softhsm2", "unknown attribute 'module-name'"),
         ("pkcs11:token=t;object=a;colour=red?module-path=/x", "unknown attribute 'colour'"),
         ("pkcs11:token=t;object=a;object=b?module-path=/x", "names object twice"),

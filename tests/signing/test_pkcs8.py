@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import re
 import subprocess
 import time
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 
 from vmgraft.errors import FileError
 from vmgraft.signing.keys import generate, private_from_pem
-from vmgraft.signing.pkcs8 import MAX_ROUNDS, ROUNDS, encrypt_pkcs8, pbkdf2_rounds
+from vmgraft.signing.pkcs8 import MAX_ROUNDS, ROUNDS, costly, encrypt_pkcs8, pbkdf2_rounds
 
 
 def openssl(*arguments, data):
@@ -57,10 +58,39 @@ def test_rounds_of_keys_made_elsewhere():
     assert pbkdf2_rounds(plain) is None
 
 
+@pytest.mark.parametrize(
+    ("n", "r", "p", "good"),
+    [(16384, 8, 1, True), (16384, 12, 1, True), (65536, 9, 1, False), (1 << 20, 1, 1, False), (16, 1, 17, False),
+     (16, 1, 16, True), (2, 1 << 30, 1, False), (16, 1, 1 << 20, False)],
+)  # fmt: skip
+def test_scrypt_is_bounded(tmp_path, n, r, p, good):
+    """openssl writes what may be opened; of what may not, it would not write all."""
+    if good:
+        plain = generate("ed25519").pem(None)
+        options = ["-scrypt", "-scrypt_N", str(n), "-scrypt_r", str(r), "-scrypt_p", str(p)]
+        sealed = openssl("pkcs8", "-topk8", *options, "-passout", "pass:x", data=plain)
+        assert costly(sealed) is None
+        assert private_from_pem(sealed, b"x").pem(None) == plain
+        return
+    numbers = "".join(f"{name}=INTEGER:{value}\n" for name, value in (("n", n), ("r", r), ("p", p)))
+    (tmp_path / "key.cnf").write_text(
+        "asn1=SEQUENCE:key\n[key]\nscheme=SEQUENCE:scheme\nsealed=FORMAT:HEX,OCTETSTRING:" + "00" * 48 + "\n"
+        "[scheme]\noid=OID:PBES2\nbody=SEQUENCE:body\n[body]\nkdf=SEQUENCE:kdf\ncipher=SEQUENCE:cipher\n"
+        "[kdf]\noid=OID:1.3.6.1.4.1.11591.4.11\nbody=SEQUENCE:scrypt\n"
+        f"[scrypt]\nsalt=FORMAT:HEX,OCTETSTRING:{'00' * 16}\n{numbers}"
+        f"[cipher]\noid=OID:aes-256-cbc\niv=FORMAT:HEX,OCTETSTRING:{'00' * 16}\n"
+    )
+    openssl("asn1parse", "-genconf", str(tmp_path / "key.cnf"), "-noout", "-out", str(tmp_path / "key.der"), data=b"")
+    pem = b"-----BEGIN ENCRYPTED PRIVATE KEY-----\n" + base64.encodebytes((tmp_path / "key.der").read_bytes())
+    pem += b"-----END ENCRYPTED PRIVATE KEY-----\n"
+    begun = time.monotonic()
+    with pytest.raises(FileError, match="stretched by scrypt") as caught:
+        private_from_pem(pem, b"x", file="acme.key")
+    assert caught.value.file == "acme.key" and time.monotonic() - begun < 1
+
+
 def test_a_file_that_would_take_hours():
     sealed = openssl("pkcs8", "-topk8", "-iter", "1", "-passout", "pass:x", data=generate("p256").pem(None))
-    import base64
-
     der = base64.b64decode(b"".join(sealed.splitlines()[1:-1]))
     place = der.index(b"\x02\x01\x01\x30")  # the INTEGER before the SEQUENCE of the function
     for rounds in (MAX_ROUNDS + 1, 2**31 - 1):
@@ -81,8 +111,6 @@ def test_a_file_that_would_take_hours():
 
 @given(st.binary(max_size=120))
 def test_anything_else_has_no_rounds(data):
-    import base64
-
     for body in (data, base64.b64encode(data)):
         pem = b"-----BEGIN ENCRYPTED PRIVATE KEY-----\n" + body + b"\n-----END ENCRYPTED PRIVATE KEY-----\n"
         found = pbkdf2_rounds(pem)

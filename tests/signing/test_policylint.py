@@ -9,6 +9,7 @@ from signing_ca import NOW, issue
 from test_certified import World, pem_crl
 
 from vmgraft.signing.manifest import canonical_manifest, parse_manifest
+from vmgraft.signing.paths import DEVELOPMENT
 from vmgraft.signing.policy import parse_policy
 from vmgraft.signing.policylint import check_policy
 from vmgraft.signing.policytools import format_policy
@@ -79,6 +80,13 @@ def test_roots_and_time(world, days, part):
     document = world.document(stores=[{"name": "acme", "type": "ca", "certificates": root.pem.decode()}])
     assert [part in text for text in lint(document)] == ([] if part is None else [True])
     assert lint(document, now=None) == []
+
+
+@pytest.mark.parametrize("now", [NOW, None])
+def test_development_authorities(world, now):
+    root = issue("Root", ca=True, days=(-9, 400), organisation=DEVELOPMENT)
+    document = world.document(stores=[{"name": "acme", "type": "ca", "certificates": root.pem.decode()}])
+    assert lint(document, now=now) == ["ca:acme holds a development authority: anybody may hold its keys"]
 
 
 @pytest.mark.parametrize(("days", "part"), [((-9, -1), "expired at"), ((-9, 5), "ends at"), ((-1, 60), None)])

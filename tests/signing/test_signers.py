@@ -20,6 +20,7 @@ from vmgraft.signing.dsse import PAYLOAD_TYPE, Envelope, pae, parse_envelope, se
 from vmgraft.signing.keyfiles import PASSPHRASE_VARIABLE, PassphraseSource, write_keypair
 from vmgraft.signing.keys import GENERATED_KINDS, generate
 from vmgraft.signing.material import MAX_CERTIFICATES, parse_material
+from vmgraft.signing.paths import DEVELOPMENT
 from vmgraft.signing.signers import load_signer, load_signers, make_signature, signing_warnings
 
 from signing_ca import CODE_SIGNING, NOW, issue  # isort: skip
@@ -216,6 +217,11 @@ def test_warnings(files, tmp_path, ca):
     certified = load_signer(files / "leaf.key", certificates=files / "soon.pem")
     assert "expires 2026-11-27" in signing_warnings(files / "leaf.key", certified)[0]
     assert "expired" in chain_warnings((soon.der,), now=NOW + timedelta(days=6))[0]
+    root = issue("Try", ca=True, organisation=DEVELOPMENT)
+    (files / "try.pem").write_bytes(issue("Leaf", root, key=ca["leaf"].key).pem)
+    certified = load_signer(files / "leaf.key", certificates=files / "try.pem")
+    (note,) = signing_warnings(files / "leaf.key", certified)
+    assert "of a development CA: anybody may hold its keys" in note, "told by the issuer: the root does not travel"
 
 
 _SCHEMES = st.sampled_from(["", "file:", "pkcs11:", "exec:", "awskms:", "gcpkms:", "azurekms:", "hv:", "PKCS11:"])

@@ -21,6 +21,7 @@ from vmgraft.cli import app
 from vmgraft.errors import PolicyError, RollbackError, StateError, UsageError, VmgraftError
 from vmgraft.signing import statedb, statefile
 from vmgraft.signing.keyfiles import write_keypair
+from vmgraft.signing.keys import generate
 from vmgraft.signing.policy import load_policy
 from vmgraft.signing.policysign import sign_policy
 from vmgraft.signing.policytools import format_policy
@@ -307,6 +308,46 @@ def test_a_database_that_is_not_ours(path, change, says):
         RollbackState(path)
 
 
+KEYID = "SHA256:GxzrlzeR3EUrhaSLAjffNp1ZJDVBjfbHIDjYeq9AlXo"
+
+
+@pytest.mark.parametrize(
+    ("table", "values", "says"),
+    [
+        ("extensions", ("default", CLOCK, "abc", 1, STATEMENT, "y"), "'security'"),
+        ("extensions", ("default", CLOCK, b"\x01", 1, STATEMENT, "y"), "'security'"),
+        ("extensions", ("default", CLOCK, 1.5, 1, STATEMENT, "y"), "'security'"),
+        ("extensions", ("default", CLOCK, -5, 1, STATEMENT, "y"), "'security'"),
+        ("extensions", ("default", CLOCK, 1, "zz", STATEMENT, "y"), "'generation'"),
+        ("extensions", ("default", CLOCK, 1, 1, b"\xff", "y"), "'statement'"),
+        ("extensions", ("default", CLOCK, 1, 1, STATEMENT, b"\x00"), "'raised'"),
+        ("policies", (KEYID, "abc", "x", "y"), "'version'"),
+        ("policies", (b"\x01", 1, "x", "y"), "'signer'"),
+        ("pins", (KEYID, "junk", "y"), "not the one it is named"),
+        ("pins", (KEYID, 7.5, "y"), "not the one it is named"),
+        ("pins", (KEYID, b"\xff", "y"), "'pem'"),
+        ("pins", ("SHA256:x", None, "y"), "not the one it is named"),
+    ],
+)
+def test_rows_that_were_never_written(path, capsys, table, values, says):
+    """With a digest that is right: types and ranges are checked too, and never become a fault of ours."""
+    if values[1] is None:
+        values = (values[0], generate("p256").public.pem.decode(), values[2])
+    db = sqlite3.connect(path, isolation_level=None)
+    places = ", ".join("?" * len(values))
+    db.execute(f"INSERT INTO {table} VALUES ({places}, 'x')", values)  # noqa: S608 - our names
+    stored = db.execute(f"SELECT * FROM {table}").fetchone()[:-1]  # noqa: S608 - as affinities left it
+    db.execute(f"UPDATE {table} SET digest = ?", (statedb._digest(table, stored),))  # noqa: S608
+    db.close()
+    with pytest.raises(StateError, match=says) as caught:
+        RollbackState(path, writable=False)
+    assert "backup" in caught.value.hint
+    for command in ("show", "export"):
+        with pytest.raises(SystemExit) as ended:
+            app.run(["state", command, "--state", str(path)])
+        assert ended.value.code == 18, capsys.readouterr().out
+
+
 def test_a_lost_database_with_its_log_left_is_not_begun_anew(path):
     with RollbackState(path):
         path.rename(path.with_name("elsewhere"))
@@ -329,6 +370,38 @@ def test_others_may_write_to_the_folder(path, mode):
         RollbackState(path)
     with pytest.raises(StateError, match="others can write to the folder"):
         create_state(path.with_name("new.db"))
+
+
+@pytest.mark.parametrize("mode", [0o777, 0o775, 0o757])
+def test_others_may_write_further_up(tmp_path, mode):
+    """They could put another folder in place of ours, and the host would forget."""
+    top = tmp_path / "top"
+    place = top / "mine" / "deep" / "state.db"
+    assert create_state(place)
+    (tmp_path / "link").symlink_to(top / "mine")
+    top.chmod(mode)
+    for name in (place, tmp_path / "link" / "deep" / "state.db", top / "mine" / "new" / "state.db"):
+        with pytest.raises(StateError, match="others can write to a folder above") as caught:
+            RollbackState(place) if name == place else create_state(name)
+        assert caught.value.file == str(top) and f"chmod go-w {top}" in caught.value.hint
+    top.chmod(mode | 0o1000)
+    RollbackState(place).close()
+
+
+def test_somebody_else_owns_a_folder_further_up(tmp_path, monkeypatch):
+    place = tmp_path / "theirs" / "mine" / "state.db"
+    assert create_state(place)
+    real = statefile._lstat
+
+    def seen(path):
+        found = list(real(path))
+        found[4] = 4711 if path == tmp_path / "theirs" else found[4]  # st_uid
+        return os.stat_result(found)
+
+    monkeypatch.setattr(statefile, "_lstat", seen)
+    with pytest.raises(StateError, match="belongs to uid 4711") as caught:
+        RollbackState(place)
+    assert caught.value.file == str(tmp_path / "theirs")
 
 
 def test_links_and_other_things(path, tmp_path):

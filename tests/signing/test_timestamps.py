@@ -123,6 +123,9 @@ def test_development_authorities_are_marked(tsa: Tsa) -> None:
     token = stamp(tsa, signer=tsa_leaf(root, days=WIDE), chain=())
     found = examine_timestamp(token, SIGNATURE, [TimestampAuthority("dev", (root.der,))])
     assert "anybody may hold its keys" in found.warnings[0]
+    request = make_request(SIGNATURE)
+    _, seen = accept_response(tsa.reply(request), request, SIGNATURE)
+    assert "anybody may hold its keys" in seen.warnings[0], "also where no authority was named"
 
 
 def test_vagueness_is_added(tsa: Tsa) -> None:

@@ -194,6 +194,9 @@ def test_a_named_auditors_word_stands_for_the_signatures(sim):
     [
         ({"predicate__verificationResult": "FAILED"}, "signature", "untrusted-signer"),
         ({"predicate__policy__digest": {"sha256": "ab" * 32}}, "signature", "untrusted-signer"),
+        ({"predicate__verifiedLevels": ["FAILED"]}, "signature", "untrusted-signer"),
+        ({"predicate__verifiedLevels": ["VMGRAFT_AUDIT"]}, "signature", "untrusted-signer"),
+        ({"predicate__verifiedLevels": ["VMGRAFT_STRICT", "FAILED"]}, "signature", "untrusted-signer"),
         ({"predicate__policy__name": "other"}, "authenticity", "untrusted-signer"),
         ({"predicate__inputAttestations": []}, "signature", "untrusted-signer"),
         ({"predicate__inputAttestations": [{"digest": {"sha256": "ab" * 32}}]}, "signature", "untrusted-signer"),
@@ -217,9 +220,7 @@ def test_a_summary_that_says_something_else(sim, change, check, error):
 
 
 def test_what_other_auditors_may_add_is_passed_over(sim):
-    made = document(
-        sim, predicate__slsaVersion="1.0", predicate__dependencyLevels={}, predicate__verifiedLevels=["ACME_1"]
-    )
+    made = document(sim, predicate__slsaVersion="1.0", predicate__dependencyLevels={})
     made["subject"].append({"name": "more", "digest": {"sha256": "ab" * 32, "sha512": "cd" * 64}})
     assert rely(sim, signed(sim, made)).ok
 

@@ -469,3 +469,17 @@ def test_sequences_against_a_list(tmp_path, templates, acme, steps, suffix):
     assert verifies(path, acme)
     detach(path)
     assert files_of(folder) == {path.name: clean}
+
+
+def test_a_name_too_long_for_the_journal_is_told_at_once(raw, acme, monkeypatch):
+    path = raw.rename(raw.parent / ("n" * 240 + ".img"))
+    graft_in(path, acme, "a")
+    before = files_of(path.parent)
+    with monkeypatch.context() as patch, pytest.raises(FileError, match="File name too long") as caught:
+        patch.setattr(edit, "open_image", None)  # nothing is read before
+        add_extensions(path, [package("b")], [acme], PLAIN)
+    assert "shorter name, or use -o OUT" in caught.value.hint
+    assert files_of(path.parent) == before
+    output = raw.parent / "short.img"
+    add_extensions(path, [package("b")], [acme], EditOptions(output=output))
+    assert carried(output).extensions == [("a", "1"), ("b", "1")]

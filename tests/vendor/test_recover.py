@@ -2,6 +2,7 @@
 
 import os
 import struct
+import zipfile
 
 import pytest
 from vendor_testkit import carried, files_of, package, run, verifies
@@ -187,6 +188,41 @@ def test_the_first_part_of_a_record_is_removed(raw, put):
     assert (result.before, result.after) == (GraftState.CUT, GraftState.NONE)
     assert files_of(raw.parent) == {raw.name: clean}
     assert recover(raw).found == ()
+
+
+@pytest.mark.parametrize("name", ["disk.vhd", "disk.vhdx", "archive.zip"])
+def test_a_lone_sidecar_is_pointed_to_again(tmp_path, put, acme, name):
+    """As an attach killed behind the sidecar leaves it; where the image has changed since, it is not believed."""
+    path = tmp_path / name
+    if path.suffix == ".zip":
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr(zipfile.ZipInfo("a"), b"content")
+    else:
+        run("qemu-img", "create", "-q", "-f", "vpc" if path.suffix == ".vhd" else "vhdx", path, "1M")
+    clean = path.read_bytes()
+    put(path, Placement.SIDECAR)
+    whole = path.read_bytes()
+    path.write_bytes(clean)
+    assert recover(path, dry_run=True).before is GraftState.ORPHANED
+    assert recover(path).done == ("pointed to the record again",)
+    assert verifies(path, acme) and len(path.read_bytes()) == len(whole)
+    detach_image(path)
+    assert files_of(path.parent) == {name: clean}
+
+
+def test_a_lone_sidecar_of_a_changed_archive_is_left_alone(tmp_path, put):
+    path = tmp_path / "archive.zip"
+    for content in (b"content", b"another content"):
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr(zipfile.ZipInfo("a"), content)
+        if not sidecar_path(path).exists():
+            put(path, Placement.SIDECAR)
+    assert state_of(path) is GraftState.ORPHANED
+    before = files_of(path.parent)
+    with pytest.raises(GraftFormatError, match="does not point to the sidecar") as caught:
+        recover(path)
+    assert "has changed since" in str(caught.value.__cause__)
+    assert caught.value.hint and files_of(path.parent) == before
 
 
 # --- beyond repair --------------------------------------------------------------------------------------------------

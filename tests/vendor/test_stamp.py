@@ -119,6 +119,10 @@ def test_through_files(grafted, other, tsa, tmp_path):
     done = stamp_offline(grafted, request, response, AmendOptions(target), roots=(ROOT.der,))
     assert files_of(grafted.parent) == before and done.amended.path == target
     assert [len(tokens) for _, tokens in stamps_of(target)] == [0, 1]
+    stamped = target.read_bytes()
+    with pytest.raises(UsageError, match="stands beside the signature already"):
+        stamp_offline(target, request, response, PLAIN)
+    assert target.read_bytes() == stamped
     with pytest.raises(FileError, match="exists"):
         write_request(grafted, request, PROBE, keyids=[other.keyid])
 

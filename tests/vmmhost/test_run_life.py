@@ -5,6 +5,8 @@ import json
 import os
 import resource
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -314,3 +316,43 @@ def test_a_worker_holds_no_kvm_and_no_disk(studio, monkeypatch, cpu: str) -> Non
     assert "libc" in maps
     for word in ("kvm", studio.image.name, "unicorn", "vmgraft-zygote-errors"):
         assert word not in maps
+
+
+# --- what speaks against an image that boots all the same
+
+
+def revoke_and_let_pass(studio) -> None:
+    document = json.loads(studio.policy.read_text())
+    document["trustPolicies"][0]["signatureVerification"] = {"level": "audit"}
+    document["revocations"] = {"keys": [studio.key.keyid]}
+    studio.policy.write_text(json.dumps(document))
+
+
+def test_warnings_come_before_anything_starts(studio) -> None:
+    studio.graft(studio.wat(studio.ONES))
+    revoke_and_let_pass(studio)
+    heard: list[tuple[tuple[str, ...], list[str]]] = []
+
+    def judged(verdict: Any) -> None:
+        events = [json.loads(line)["event"] for line in studio.audit_log.read_text().splitlines()]
+        heard.append((verdict.warnings, events))
+
+    report = Launcher(studio.image, studio.policy, options(studio), judged=judged).run()
+    ((warnings, events),) = heard
+    assert any("revoked" in warning for warning in warnings), warnings
+    assert events == ["start", "verification"]
+    assert report.result is not None, "the level lets it boot"
+    assert studio.log()[1]["warnings"] == list(warnings)
+
+
+@pytest.mark.parametrize("arguments", [["--dry-run"], ["--timeout", "20", "--state", "none"]])
+def test_the_program_shows_warnings(studio, arguments: list[str]) -> None:
+    studio.graft(studio.wat(studio.ONES))
+    revoke_and_let_pass(studio)
+    command = [sys.executable, "-m", "vmgraft", "run", studio.image, "--policy", studio.policy, "--cpu", "soft"]
+    done = subprocess.run([*command, *arguments], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    lines = done.stderr.splitlines()
+    assert lines[0].startswith("warning: ") and "revoked" in done.stderr, lines
+    assert "warning:" not in done.stdout
+    assert ("ended:" in lines[-1]) == ("--dry-run" not in arguments)

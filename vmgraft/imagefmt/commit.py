@@ -18,7 +18,10 @@ from os import PathLike
 from pathlib import Path
 
 from vmgraft.errors import FileError, UsageError
-from vmgraft.imagefmt.blob import Blob
+from vmgraft.imagefmt.blob import CHUNK, Blob
+
+#: File systems give out room in blocks of this many bytes, or multiples.
+BLOCK = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +101,37 @@ class Writer:
             self.write(offset, data)
             offset += len(data)
 
+    def wipe(self, offset: int, size: int) -> None:
+        """Turn bytes into zeros. Those that are zeros already are not written: in a hole they would need room.
+
+        The file must be open for reading too, and reach as far.
+
+        Raises:
+            FileError: when they cannot be read, or not all of them could be written.
+        """
+        start = offset
+        for position in _blocks(offset, size):
+            end = min(position - position % BLOCK + BLOCK, offset + size)
+            if not any(self.read(position, end - position)):
+                self._write_zeros(start, position)
+                start = end
+        self._write_zeros(start, offset + size)
+
+    def read(self, offset: int, size: int) -> bytes:
+        """Return what stands in the file now, of up to 4 MiB; shorter at its end.
+
+        Raises:
+            FileError: when it cannot be read.
+        """
+        try:
+            return os.pread(self.fd, size, offset)
+        except OSError as problem:
+            raise _failed("read", self.file, problem, offset) from problem
+
+    def _write_zeros(self, start: int, end: int) -> None:
+        for offset in range(start, end, CHUNK):
+            self.write(offset, bytes(min(CHUNK, end - offset)))
+
     def sync(self) -> None:
         """Wait until everything written so far is on the disk.
 
@@ -121,6 +155,13 @@ class Writer:
         except OSError as problem:
             raise _failed("truncated", self.file, problem, size) from problem
         _done(Operation("truncate", self.file, size))
+
+
+def _blocks(offset: int, size: int) -> Iterator[int]:
+    """Yield ``offset`` and every start of a block up to ``offset + size``."""
+    if size > 0:
+        yield offset
+        yield from range(offset - offset % BLOCK + BLOCK, offset + size, BLOCK)
 
 
 def sync_folder(folder: Path) -> None:
@@ -155,7 +196,7 @@ def remove_file(path: Path) -> None:
 
 
 @contextmanager
-def atomic_output(destination: str | PathLike[str], *, replace: bool = False) -> Iterator[int]:
+def atomic_output(destination: str | PathLike[str], *, replace: bool = False, mode: int | None = None) -> Iterator[int]:
     """Yield a descriptor for a new file that gets its name only when the block ends well.
 
     The file has no name until then where the file system can do that, so a crash leaves nothing behind. Symbolic links
@@ -164,6 +205,7 @@ def atomic_output(destination: str | PathLike[str], *, replace: bool = False) ->
     Args:
         destination: The name it gets.
         replace: Whether a regular file of that name may be replaced.
+        mode: Its permission bits, where the file system knows any; None leaves them to the umask.
 
     Raises:
         UsageError: when the destination exists and may not be replaced.
@@ -171,8 +213,11 @@ def atomic_output(destination: str | PathLike[str], *, replace: bool = False) ->
     """
     target = Path(destination)
     _check_destination(target, replace)
-    fd, temporary = _open_unnamed(target)
+    fd, temporary = _open_unnamed(target, 0o666 if mode is None else mode)
     try:
+        if mode is not None:
+            with suppress(OSError):  # it has fewer bits then, never more
+                os.fchmod(fd, mode)
         yield fd
         Writer(fd, file=target).sync()
         temporary = _give_name(fd, temporary, target, replace)
@@ -206,16 +251,16 @@ def _check_destination(target: Path, replace: bool) -> None:
         raise UsageError("the output exists already", file=target, hint="remove it first, or name another output")
 
 
-def _open_unnamed(target: Path) -> tuple[int, Path | None]:
+def _open_unnamed(target: Path, mode: int) -> tuple[int, Path | None]:
     """Create the file without a name, or under a temporary one where the file system needs it."""
     try:
-        return os.open(target.parent, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o666), None
+        return os.open(target.parent, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, mode), None
     except OSError as problem:
         if problem.errno not in (errno.EOPNOTSUPP, errno.EISDIR, errno.ENOENT, errno.EINVAL):
             raise _failed("created", target, problem) from problem
     temporary = _temporary_name(target)
     try:
-        return os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666), temporary
+        return os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW, mode), temporary
     except OSError as problem:
         raise _failed("created", target, problem) from problem
 

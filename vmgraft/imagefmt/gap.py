@@ -50,6 +50,8 @@ FACT_LOCATOR: Final = "locator"
 #: States in which the sidecar's name is taken by a sound sidecar that is not this graft's: it is left alone.
 FOREIGN_SIDECAR: Final = (GraftState.SWAPPED, GraftState.STALE)
 
+_INTERRUPTED: Final = "an attach or detach was interrupted; the next one, or `vmgraft recover`, cleans up behind it"
+
 
 class Phase(IntEnum):
     """What is going on."""
@@ -221,7 +223,7 @@ def locate_unpointed(file: FlatFile, gap: Gap, can_point: bool) -> Located:
     """
     note = read_note(file, gap)
     if is_interrupted(note):
-        return Located(GraftState.NONE)  # an interrupted change, cleaned up when the image is opened for writing
+        return Located(GraftState.NONE, _INTERRUPTED)
     detail = "another program dropped the locator that pointed to the record"
     if note is not None:
         return replace(_follow(file, gap, note.locator, None), state=GraftState.ORPHANED, detail=detail)

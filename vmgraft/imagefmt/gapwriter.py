@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import suppress
 
 from vmgraft.errors import FileError
-from vmgraft.imagefmt.blob import CHUNK, Blob
+from vmgraft.imagefmt.blob import Blob
 from vmgraft.imagefmt.commit import Writer
 from vmgraft.imagefmt.contract import Located, Locator, Placement
 from vmgraft.imagefmt.flatfile import FlatFile
@@ -70,10 +69,13 @@ def put(writer: Writer, note: Note, record: Blob | None, point: Step, unpoint: S
             writer.sync()
         point()
         write_note(writer, note.at(Phase.ATTACHED))
-    except FileError:
-        with suppress(FileError):
+    except FileError as error:
+        try:
             unpoint()
             clear(writer, note)
+        except FileError:
+            # A file system that never writes in place needs room for that too.
+            error.hint = "the note of an interrupted attach is left: run `vmgraft recover` when the cause is gone"
         raise
 
 
@@ -102,10 +104,9 @@ def clear(writer: Writer, note: Note) -> None:
     """Turn record and note back into zeros, the note last."""
     start = note.offset + SECTOR
     if note.area_end > start:
-        for offset in range(start, note.area_end, CHUNK):
-            writer.write(offset, bytes(min(CHUNK, note.area_end - offset)))
+        writer.wipe(start, note.area_end - start)
         writer.sync()
-    writer.write(note.offset, bytes(SECTOR))
+    writer.wipe(note.offset, SECTOR)
     writer.sync()
 
 

@@ -49,7 +49,7 @@ def write_journal(image: Image, located: Located) -> Sidecar:
         tree_digest=locator.tree_digest,
         file_size=image.virtual_size,
     )
-    write_record_file(journal_path(image.path), kept, record)
+    write_record_file(journal_path(image.path), image.path, kept, record)
     found = read_journal(image)
     if found.state is not GraftState.OK or found.locator != kept:
         raise GraftFormatError(f"the journal reads back differently: {found.detail}", file=found.path)

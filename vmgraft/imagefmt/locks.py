@@ -1,8 +1,8 @@
 """QEMU-compatible image locks.
 
 QEMU guards an image with open-file-description byte-range locks (``block/file-posix.c``): byte 100 + *p* is
-read-locked by a process that uses permission *p*, byte 200 + *p* by one that does not share it. Permission 1 is
-"write" and 3 is "resize". ``flock`` does not see these locks, and they do not see ``flock``.
+read-locked by a process that uses permission *p*, byte 200 + *p* by one that does not share it. Permission 0 is
+"consistent read", 1 is "write" and 3 is "resize". ``flock`` does not see these locks, and they do not see ``flock``.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ from vmgraft.errors import FileError, ImageInUseError
 LOCK_BYTES = (101, 103, 201, 203)
 #: Those of them that say "I write" and "I resize".
 WRITER_BYTES = (101, 103)
+#: "I read": all that a reader of a raw image says, since it lets others write (QEMU ``block/raw-format.c``).
+READER_BYTE = 100
 #: Those that say "nobody else may".
 _NO_WRITER_BYTES = (201, 203)
 
@@ -47,7 +49,7 @@ def acquire(fd: int, *, file: str | PathLike[str]) -> None:
     try:
         for byte in LOCK_BYTES:
             _set(fd, byte, fcntl.F_RDLCK)
-        taken = [byte for byte in LOCK_BYTES if _is_taken(fd, byte)]
+        taken = [byte for byte in (*LOCK_BYTES, READER_BYTE) if _is_taken(fd, byte)]
     except OSError as problem:
         release(fd)
         if problem.errno in (errno.EACCES, errno.EAGAIN):

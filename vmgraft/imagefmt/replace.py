@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from vmgraft.errors import FileError, GraftFormatError, UsageError, VmgraftError
+from vmgraft.errors import FileError, GraftFormatError, UnsupportedError, UsageError, VmgraftError
 from vmgraft.imagefmt.assemble import assemble_record
 from vmgraft.imagefmt.blob import Blob
 from vmgraft.imagefmt.carry import take_sections
@@ -110,6 +110,35 @@ def finish_change(path: str | Path, opening: Opening = PROBE) -> str | None:
             _check_restored(again, journal)
         remove_journal(image.path)
         return f"put the graft kept in {journal.path.name} back in: it was being changed"
+
+
+def point_again(image: Image, located: Located) -> None:
+    """Point to a whole record again: the container's own way, or for a lone sidecar by attaching the very same record.
+
+    Args:
+        image: The image, open for writing.
+        located: What ``locate`` returned.
+
+    Raises:
+        UnsupportedError: there is no way.
+        GraftFormatError: the record is not whole, or does not fit the image as it is now.
+    """
+    try:
+        image.reattach(located)
+    except UnsupportedError:
+        locator, record = located.locator, located.record
+        aside = locator is not None and locator.placement is Placement.SIDECAR
+        if located.state is not GraftState.ORPHANED or not aside or locator is None or record is None:
+            raise
+        kept = parse_record(record, file=sidecar_path(image.path), offset=RECORD_OFFSET)
+
+        def build(undo: Undo) -> Blob:
+            if kept.undo() != undo:
+                hint = "attach again, or detach to remove the sidecar"
+                raise GraftFormatError("the image has changed since", file=image.path, field="undo", hint=hint)
+            return kept.data
+
+        image.attach(build, Placement.SIDECAR, locator.tree_digest)
 
 
 def _expected(image: Image, old: bytes) -> Located:

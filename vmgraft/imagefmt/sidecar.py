@@ -25,6 +25,11 @@ SUFFIX = ".vmgraft"
 RECORD_OFFSET = LOCATOR_SIZE
 #: What systems answer when nothing can be there; an image's name may be too long to append the suffix.
 _ABSENT = (errno.ENOENT, errno.ENAMETOOLONG)
+_NOT_WRITABLE = "changing a graft needs a file beside the image: make the folder writable, or use -o OUT"
+_HINTS = {
+    **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), _NOT_WRITABLE),
+    errno.ENAMETOOLONG: "changing a graft needs a file beside the image: give the image a shorter name, or use -o OUT",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,12 +55,13 @@ def write_sidecar(image: Path, locator: Locator, record: Blob) -> Path:
         FileError: when it cannot be written, or a file of that name is not a sidecar.
     """
     path = sidecar_path(image)
-    write_record_file(path, locator, record)
+    write_record_file(path, image, locator, record)
     return path
 
 
-def write_record_file(path: Path, locator: Locator, record: Blob) -> None:
-    """Write a file that is laid out like a sidecar; see :func:`write_sidecar`.
+def write_record_file(path: Path, image: Path, locator: Locator, record: Blob) -> None:
+    """Write a file that is laid out like a sidecar; see :func:`write_sidecar`. Whoever may not read the image, may not
+    read the file either.
 
     Raises:
         FileError: when it cannot be written, or another file has that name.
@@ -64,10 +70,36 @@ def write_record_file(path: Path, locator: Locator, record: Blob) -> None:
         raise FileError(
             "a file of the sidecar's name exists and is not a sidecar", file=path, hint="move it out of the way"
         )
-    with atomic_output(path, replace=lexists(path)) as fd:
-        writer = Writer(fd, file=path)
-        writer.write(0, pack_locator(locator))
-        writer.write_blob(RECORD_OFFSET, record)
+    try:
+        mode = stat.S_IMODE(image.stat().st_mode) & 0o666
+    except OSError as problem:
+        raise FileError(f"the file cannot be examined: {problem.strerror}", file=image) from problem
+    try:
+        with atomic_output(path, replace=lexists(path), mode=mode) as fd:
+            writer = Writer(fd, file=path)
+            writer.write(0, pack_locator(locator))
+            writer.write_blob(RECORD_OFFSET, record)
+    except FileError as error:
+        number = error.__cause__.errno if isinstance(error.__cause__, OSError) else None
+        error.hint = error.hint or _HINTS.get(number or 0)
+        raise
+
+
+def refuse_long_name(path: Path) -> None:
+    """Refuse the name of a sidecar or journal that the file system cannot hold.
+
+    Args:
+        path: What :func:`sidecar_path` or ``journal_path`` returned.
+
+    Raises:
+        FileError: the name is too long.
+    """
+    try:
+        os.lstat(path)
+    except OSError as problem:
+        if problem.errno == errno.ENAMETOOLONG:
+            message = f"the file could not be examined: {problem.strerror}"
+            raise FileError(message, file=path, hint=_HINTS[errno.ENAMETOOLONG]) from problem
 
 
 def read_sidecar(image: Path, expected: Locator | None = None) -> Sidecar:

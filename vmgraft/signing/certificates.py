@@ -15,6 +15,7 @@ from cryptography import x509
 from cryptography.exceptions import UnsupportedAlgorithm
 
 from vmgraft.errors import UntrustedSignerError
+from vmgraft.signing.effort import SPENT, Effort
 from vmgraft.signing.identities import alternative_names, name_pairs
 from vmgraft.signing.keys import PublicKey, public_from_key
 from vmgraft.signing.paths import (
@@ -98,7 +99,12 @@ def leaf_key(certificates: Sequence[bytes]) -> PublicKey:
 
 
 def certify(
-    certificates: Sequence[bytes], authorities: Sequence[Authority], *, at: datetime, now: datetime
+    certificates: Sequence[bytes],
+    authorities: Sequence[Authority],
+    *,
+    at: datetime,
+    now: datetime,
+    effort: Effort | None = None,
 ) -> CertifiedKey:
     """Validate a chain.
 
@@ -107,6 +113,7 @@ def certify(
         authorities: Whom to trust; the first with a path that is good counts, else the first with any.
         at: When the signature was made, as far as is proven: a trusted timestamp, or ``now``.
         now: The time by which CRLs must be current.
+        effort: What this adds to, where it is one chain of several.
 
     Raises:
         BadSignatureError: a certificate is malformed.
@@ -114,11 +121,14 @@ def certify(
     """
     if not certificates:
         raise UntrustedSignerError("there is no certificate", field="certificate")
+    effort = effort or Effort()
+    if effort.spent:
+        raise UntrustedSignerError(SPENT, field="certificate")
     parsed = [parse_certificate(der) for der in certificates]
     key = _key(parsed[0])
     reasons, second_best = [], None
     for authority in authorities:
-        chain, expired = _path(parsed, load_roots(authority.roots), at)
+        chain, expired = _path(parsed, load_roots(authority.roots), at, effort)
         if isinstance(chain, str):
             reasons.append(f"{authority.name}: {chain}")
             continue
@@ -149,13 +159,13 @@ def _key(leaf: x509.Certificate) -> PublicKey:
 
 
 def _path(
-    parsed: Sequence[x509.Certificate], roots: Sequence[x509.Certificate], at: datetime
+    parsed: Sequence[x509.Certificate], roots: Sequence[x509.Certificate], at: datetime, effort: Effort
 ) -> tuple[list[x509.Certificate] | str, str | None]:
     """Return the path valid at ``at``, or else one that was or will be valid, with what is wrong with it."""
-    chain = validate(parsed, roots, at, CODE_SIGNING)
+    chain = validate(parsed, roots, at, CODE_SIGNING, effort)
     if not isinstance(chain, str):
         return chain, None
-    other = None if TOO_COSTLY in chain else ever_valid(parsed, roots, CODE_SIGNING)
+    other = None if TOO_COSTLY in chain else ever_valid(parsed, roots, CODE_SIGNING, effort)
     if other is None:
         return chain, None
     for certificate in other:

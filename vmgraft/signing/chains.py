@@ -74,12 +74,17 @@ def parse_chain(path: Path) -> list[x509.Certificate]:
 
 
 def chain_warnings(chain: tuple[bytes, ...], *, now: datetime | None = None) -> list[str]:
-    """Say which certificates of a chain end soon, or have ended."""
+    """Say which certificates of a chain end soon, or have ended, and that it is of a development CA."""
     from vmgraft.signing.certificates import SOON, parse_certificate
+    from vmgraft.signing.paths import is_development
 
     when = datetime.now(UTC) if now is None else now
     notes = []
-    for certificate in map(parse_certificate, chain):
+    parsed = [parse_certificate(der) for der in chain]
+    if is_development(parsed):
+        name = parsed[0].subject.rfc4514_string()
+        notes.append(f"the certificate of {name!r} is of a development CA: anybody may hold its keys")
+    for certificate in parsed:
         end = certificate.not_valid_after_utc
         if end < when + SOON:
             verb = "expired" if end < when else "expires"

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import os
 import selectors
+import signal
 import subprocess
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Final
@@ -103,9 +105,11 @@ def open_program(reference: str) -> ProgramSigner:
 def _run(program: Path, message: bytes, timeout: int) -> tuple[int, bytes, str]:
     """Return exit code, stdout, and the end of stderr in printable form."""
     environment = {name: value for name, value in os.environ.items() if name != PASSPHRASE_VARIABLE}
-    pipe = subprocess.PIPE
+    pipe, group = subprocess.PIPE, None if _has_terminal() else 0  # out of our group it could not read the terminal
     try:
-        process = subprocess.Popen([program], stdin=pipe, stdout=pipe, stderr=pipe, env=environment, bufsize=0)
+        process = subprocess.Popen(
+            [program], stdin=pipe, stdout=pipe, stderr=pipe, env=environment, bufsize=0, process_group=group
+        )
     except OSError as exc:
         raise FileError(f"the signing program cannot be run: {exc.strerror}", file=program, field="key") from exc
     with process:
@@ -114,10 +118,29 @@ def _run(program: Path, message: bytes, timeout: int) -> tuple[int, bytes, str]:
             output, errors = _Talk(process, message, program, deadline, timeout).all()
             code = process.wait(max(0.0, deadline - time.monotonic()))
         except subprocess.TimeoutExpired as exc:
+            _kill(process, group)
             raise _late(program, timeout) from exc
-        finally:
-            process.kill()  # no harm where it has ended
+        except BaseException:
+            _kill(process, group)
+            raise
     return code, output, "".join(c if c.isprintable() else " " for c in errors.decode("utf-8", "replace")).strip()
+
+
+def _has_terminal() -> bool:
+    """Tell whether there is a terminal that a program could ask on (POSIX: ``/dev/tty`` is the controlling one)."""
+    try:
+        os.close(os.open("/dev/tty", os.O_RDWR | os.O_NOCTTY | os.O_CLOEXEC))
+    except OSError:
+        return False
+    return True
+
+
+def _kill(process: subprocess.Popen[bytes], group: int | None) -> None:
+    """Kill a program, and what it started where it has a group of its own; not reaped yet, so the number is its own."""
+    if group is not None and process.returncode is None:
+        with suppress(ProcessLookupError, PermissionError):
+            os.killpg(process.pid, signal.SIGKILL)
+    process.kill()  # no harm where it has ended
 
 
 def _late(program: Path, timeout: int) -> FileError:

@@ -29,9 +29,8 @@ from vmgraft.signing.keys import PublicKey
 from vmgraft.signing.manifest import lower_limits, stricter_fault
 from vmgraft.signing.payloads import FoundExtension, find_extension
 from vmgraft.signing.policymodel import Grant, TrustPolicy
-from vmgraft.signing.standing import CLOCK_SKEW
 from vmgraft.signing.statement import CONTENT_SUBJECT, Statement, parse_statement
-from vmgraft.signing.times import format_time
+from vmgraft.signing.times import CLOCK_SKEW, format_time
 from vmgraft.signing.truststores import TrustStore
 
 #: Every check, in order; the position is the precedence.

@@ -9,10 +9,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
+from functools import partial
 from typing import TYPE_CHECKING
 
 from vmgraft.errors import BadSignatureError, UntrustedSignerError
 from vmgraft.signing.dsse import Envelope, Signature
+from vmgraft.signing.effort import SPENT, Effort
 from vmgraft.signing.keys import PublicKey
 from vmgraft.signing.material import Material, parse_material
 from vmgraft.signing.truststores import TrustStore
@@ -51,6 +53,7 @@ class Signers:
             key of their own certificate, or with certificates that are malformed. They do not count.
         unknown: Sentences about signatures by keys nobody here knows; they do not count and do no harm.
         notes: Sentences about what is odd beside a signature that counts.
+        effort: What the certificates have cost so far; what is still to be judged adds to it.
     """
 
     valid: frozenset[PublicKey] = frozenset()
@@ -59,6 +62,7 @@ class Signers:
     misnamed: tuple[str, ...] = ()
     unknown: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    effort: Effort = field(default_factory=Effort, compare=False)
 
     @property
     def believed(self) -> frozenset[PublicKey]:
@@ -87,6 +91,7 @@ def judge_signatures(
         tuple(bench.misnamed),
         tuple(bench.unknown),
         tuple(bench.notes),
+        bench.effort,
     )
 
 
@@ -104,6 +109,7 @@ class _Bench:
     misnamed: list[str] = field(default_factory=list)
     unknown: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    effort: Effort = field(default_factory=Effort)
 
     def judge(self, index: int, signature: Signature) -> None:
         """Sort one signature into the lists."""
@@ -145,7 +151,7 @@ class _Bench:
             elif signature.keyid not in ("", leaf.keyid):
                 against.append(f"signature {index} is by {leaf.keyid} and names {signature.keyid}: not counted")
             else:
-                paths = self.paths(material, now)
+                paths = self.effort.once(material.certificates, partial(self.paths, material, now))
                 self.certified.append(Certified(index, leaf, signature.sig, material, paths))
         except BadSignatureError as exc:
             against.append(f"signature {index}: {exc.message}: not counted")
@@ -162,15 +168,21 @@ class _Bench:
         found, problems = [], []
         for store in self.authorities:
             try:
-                found.append(certify_under(store, material, at=now, now=now))
+                found.append(certify_under(store, material, self.effort, at=now, now=now))
             except UntrustedSignerError as exc:
                 problems.append(exc.message)
+            if self.effort.spent:
+                break
         if not found:
             raise UntrustedSignerError("; ".join(dict.fromkeys(problems)))
+        if self.effort.spent:
+            self.notes.append(f"not every trust store was asked about a certificate: {SPENT}")
         return tuple(found)
 
 
-def certify_under(store: TrustStore, material: Material, *, at: datetime, now: datetime) -> CertifiedKey:
+def certify_under(
+    store: TrustStore, material: Material, effort: Effort, *, at: datetime, now: datetime
+) -> CertifiedKey:
     """Validate a chain to one trust store.
 
     Raises:
@@ -180,4 +192,4 @@ def certify_under(store: TrustStore, material: Material, *, at: datetime, now: d
     from vmgraft.signing.certificates import Authority, certify
 
     authority = Authority(store.name, store.roots, store.crls, store.require_crls)
-    return certify(material.certificates, [authority], at=at, now=now)
+    return certify(material.certificates, [authority], at=at, now=now, effort=effort)

@@ -23,7 +23,7 @@ from vmgraft.signing.policymodel import Policy
 from vmgraft.signing.rollback import rollback_problem
 from vmgraft.signing.rules import SignatureRule, Vouch
 from vmgraft.signing.standing import Standing, reasons, take_stand
-from vmgraft.signing.statement import Statement
+from vmgraft.signing.statement import CONTENT_SUBJECT, Statement
 from vmgraft.signing.times import format_time
 
 
@@ -104,19 +104,33 @@ class Judgement:
         certified = [standing.certified[vouch] for vouch in trusted if vouch in standing.certified]
         self.run.certified = tuple(sorted(certified, key=lambda item: (item.keyid, item.authority)))
 
+    def _gone(self, check: str) -> set[Vouch]:
+        """Return the signatures that are expired, or revoked, where the policy does more than log that."""
+        found = self.standing.expired if check == "expiry" else self.standing.revoked
+        logged = self.run.policy is not None and self.run.policy.logs(check)
+        return set() if logged else self.standing.signed & found.keys()
+
     def _lost(self, signed: set[Vouch], gone: set[Vouch]) -> str | None:
-        """Say why the rule does not hold without some signatures, where it is for their lack that it does not."""
-        if not gone:
+        """Say why the rule does not hold without some signatures, where it is for their lack that it does not.
+
+        Where it does not hold with them either, which a policy may log, somebody's signature must still count: an
+        expired one does not make up for a revoked one, nor the other way round.
+        """
+        left = self.rule.problem(signed - gone) if gone else None
+        if left is None:
             return None
-        left = self.rule.problem(signed - gone)
-        return left if left is not None and (signed == gone or self.rule.problem(signed) is None) else None
+        nobody = self.standing.signed == self._gone("expiry") | self._gone("revocation")
+        return left if nobody or signed == gone or self.rule.problem(signed) is None else None
 
     def _expiry(self, statement: Statement) -> None:  # 9
         until = "never expires" if statement.expires is None else f"valid until {format_time(statement.expires)}"
         problem = expiry_problem(statement, self.run.now)
         problems, hint = [problem] if problem is not None else [], None
-        expired = self.standing.signed & self.standing.expired.keys()
-        left = self._lost(self.standing.signed, expired)
+        # Where that is only logged, the log says what the rule owes to expired signatures, revoked ones aside.
+        logged = self.run.policy is not None and self.run.policy.logs("expiry")
+        signed = self.standing.signed - (self._gone("revocation") if logged else set())
+        expired = signed & self.standing.expired.keys()
+        left = self._lost(signed, expired)
         if left is not None:
             problems.append(f"{reasons(self.standing.expired, expired)}; without it: {left}")
             hint = "a timestamp from a time when the certificate was valid, by a tsa: store of the trust policy"
@@ -130,9 +144,7 @@ class Judgement:
         payload = b"" if self.run.envelope is None else self.run.envelope.payload
         if hashlib.sha256(payload).hexdigest() in revocations.statements:
             problems.append("the statement is revoked")
-        for name, digests in statement.subjects.items():
-            if digests.get("sha256") in revocations.payloads:
-                problems.append(f"{name} is revoked")
+        problems += self._revoked_payloads(statement)
         for entry in statement.extensions:
             lowest = revocations.min_generation.get(entry.id, 0)
             if entry.generation < lowest:
@@ -140,10 +152,24 @@ class Judgement:
         problems += self._revoked_signers()
         self.run.settle("revocation", RevokedError, "; ".join(problems) or None, "nothing is revoked")
 
+    def _revoked_payloads(self, statement: Statement) -> list[str]:
+        """Look up every signed digest; the content goes by its flat SHA-256, where that is signed, and by its tree."""
+        revoked = self.policy.revocations.payloads
+        problems = [
+            f"{name} is revoked" for name, digests in statement.subjects.items() if digests.get("sha256") in revoked
+        ]
+        tree = self.tree if statement.image is None else statement.image.tree_digest
+        if tree is not None and tree.hex() in revoked:
+            problems.append(f"the content with the fs-verity digest {tree.hex()} is revoked")
+        if revoked and CONTENT_SUBJECT not in statement.subjects:
+            self.run.warnings.append(f"a revoked SHA-256 of {CONTENT_SUBJECT} cannot be compared: none is signed")
+        return problems
+
     def _revoked_signers(self) -> list[str]:
-        """Say what is wrong for want of revoked signers; expired ones do not stand in where the others suffice."""
+        """Say what is wrong for want of revoked signers; expired ones stand in only where that is what is logged."""
         signed = self.standing.signed
-        current = signed - self.standing.expired.keys()
+        logs = () if self.run.policy is None else tuple(filter(self.run.policy.logs, ("expiry", "revocation")))
+        current = signed if logs == ("expiry",) else signed - self.standing.expired.keys()
         if self.rule.problem(current) is None:
             signed = current
         gone = signed & self.standing.revoked.keys()
@@ -160,7 +186,7 @@ class Judgement:
         if self.run.policy is None:
             return
         try:
-            found = rollback_problem(statement, self.run.policy, self.memory)
+            found = rollback_problem(statement, self.policy, self.run.policy, self.memory)
         except VmgraftError as exc:
             self.run.fail("rollback", exc)
             return

@@ -159,7 +159,7 @@ def _describe_chain(path: Path, now: datetime) -> list[KeyInfo]:
         except VmgraftError as exc:
             public = None
             notes.append(exc.message)
-        notes += chain_warnings((der,), now=now) + _development(certificate)
+        notes += chain_warnings((der,), now=now)
         if place == 0:
             try:
                 read_chain(path, now=now)
@@ -199,17 +199,6 @@ def _certificate_info(certificate: x509.Certificate) -> CertificateInfo:
         authority=authority,
         sha256=hashlib.sha256(_der(certificate)).hexdigest(),
     )
-
-
-def _development(certificate: x509.Certificate) -> list[str]:
-    from cryptography.x509.oid import NameOID
-
-    from vmgraft.signing.certificates import DEVELOPMENT
-
-    for name in (certificate.subject, certificate.issuer):
-        if any(item.value == DEVELOPMENT for item in name.get_attributes_for_oid(NameOID.ORGANIZATION_NAME)):
-            return ["of a development CA: anybody may hold its keys"]
-    return []
 
 
 def _der(certificate: x509.Certificate) -> bytes:

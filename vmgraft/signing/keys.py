@@ -24,7 +24,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, padding, rsa
 
 from vmgraft.errors import BadSignatureError, FileError, UnsupportedError, UsageError, VmgraftError
-from vmgraft.signing.pkcs8 import MAX_ROUNDS, encrypt_pkcs8, pbkdf2_rounds
+from vmgraft.signing.pkcs8 import costly, encrypt_pkcs8
 
 try:
     from cryptography.hazmat.primitives.asymmetric import mldsa
@@ -306,9 +306,9 @@ def private_from_pem(data: bytes, passphrase: bytes | None, *, file: _PathOrNone
     encrypted = is_encrypted(data)
     if encrypted and not passphrase:
         raise UsageError("the key is encrypted and no passphrase was given", file=file)
-    if encrypted and (pbkdf2_rounds(data) or 0) > MAX_ROUNDS:
-        message = f"the passphrase is stretched by more than {MAX_ROUNDS} rounds of PBKDF2"
-        raise FileError(message, file=file, hint="openssl pkcs8 -topk8 -iter 600000 writes the key anew")
+    problem = costly(data) if encrypted else None
+    if problem is not None:
+        raise FileError(problem, file=file, hint="openssl pkcs8 -topk8 -iter 600000 writes the key anew")
     try:
         key = serialization.load_pem_private_key(data, passphrase if encrypted else None)
     except (ValueError, TypeError, UnsupportedAlgorithm) as exc:

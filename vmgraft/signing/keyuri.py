@@ -51,7 +51,8 @@ def read_attributes(parts: Iterable[str], known: Collection[str], scheme: str) -
             raise UsageError(f"a part of the {scheme}: URI is not name=value", field="key", hint=hint)
         if name not in known:
             hint = "known are " + ", ".join(sorted(known))
-            raise UsageError(f"the {scheme}: URI has an unknown attribute {name[:64]!r}", field="key", hint=hint)
+            shown = "" if "pin-value" in found else f" {name[:64]!r}"  # behind an & in a PIN stands the rest of it
+            raise UsageError(f"the {scheme}: URI has an unknown attribute{shown}", field="key", hint=hint)
         if name in found:
             raise UsageError(f"the {scheme}: URI names {name} twice", field="key")
         found[name] = decode_text(value, name)

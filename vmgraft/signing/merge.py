@@ -24,6 +24,7 @@ from vmgraft.signing.bundles import signature_material
 from vmgraft.signing.dsse import MAX_SIGNATURE_BYTES, MAX_SIGNATURES, Envelope, Signature, parse_envelope, serialise
 from vmgraft.signing.keys import PublicKey
 from vmgraft.signing.material import Material
+from vmgraft.signing.times import CLOCK_SKEW
 
 #: Largest file with one signature, in bytes: base64 with line ends is longer than the signature.
 MAX_SIGNATURE_FILE: Final = 2 * MAX_SIGNATURE_BYTES
@@ -151,9 +152,11 @@ def _moments(signature: Signature, material: Material, vouchers: Vouchers, now: 
 
     for token in material.timestamps:
         try:
-            yield verify_timestamp(token, signature.sig, [TimestampAuthority("--tsa-ca", vouchers.tsa_roots)])
+            stated = verify_timestamp(token, signature.sig, [TimestampAuthority("--tsa-ca", vouchers.tsa_roots)])
         except (BadSignatureError, UntrustedSignerError):
             continue
+        if stated <= now + CLOCK_SKEW:  # what is from the future proves nothing about today
+            yield stated
 
 
 def has_signed(envelope: Envelope, key: PublicKey) -> bool:

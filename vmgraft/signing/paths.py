@@ -26,6 +26,7 @@ from cryptography.x509 import verification
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from vmgraft.errors import BadSignatureError
+from vmgraft.signing.effort import SPENT, Effort
 from vmgraft.signing.identities import alternative_names
 
 if TYPE_CHECKING:
@@ -96,22 +97,29 @@ def _load(der: bytes) -> x509.Certificate:
 
 
 def is_development(chain: Sequence[x509.Certificate]) -> bool:
-    """Tell whether a certificate on a path was made by ``vmgraft dev-ca``."""
-    names = (name for cert in chain for name in cert.subject.get_attributes_for_oid(NameOID.ORGANIZATION_NAME))
-    return any(name.value == DEVELOPMENT for name in names)
+    """Tell whether a certificate on a path was made by ``vmgraft dev-ca``, or issued by one that was."""
+    names = (name for cert in chain for name in (cert.subject, cert.issuer))
+    found = (item.value for name in names for item in name.get_attributes_for_oid(NameOID.ORGANIZATION_NAME))
+    return DEVELOPMENT in found
 
 
 def ever_valid(
-    parsed: Sequence[x509.Certificate], roots: Sequence[x509.Certificate], purpose: Purpose
+    parsed: Sequence[x509.Certificate],
+    roots: Sequence[x509.Certificate],
+    purpose: Purpose,
+    effort: Effort | None = None,
 ) -> list[x509.Certificate] | None:
     """Return a path that is valid at some time, whenever that is, or None.
 
     Where there is such a path, it is valid at the moment when the last of its certificates begins.
     """
-    leaf = parsed[0]
+    leaf, effort = parsed[0], effort or Effort()
+    names = {certificate.issuer for certificate in parsed}
+    if all(root.subject not in names for root in roots):
+        return None
     begins = {certificate.not_valid_before_utc for certificate in (*parsed, *roots)}
     for moment in sorted(begin for begin in begins if leaf.not_valid_before_utc <= begin <= leaf.not_valid_after_utc):
-        chain = validate(parsed, roots, moment, purpose)
+        chain = validate(parsed, roots, moment, purpose, effort)
         if not isinstance(chain, str):
             return chain
         if TOO_COSTLY in chain:  # and would be at every other moment
@@ -120,7 +128,11 @@ def ever_valid(
 
 
 def validate(
-    parsed: Sequence[x509.Certificate], roots: Sequence[x509.Certificate], at: datetime, purpose: Purpose
+    parsed: Sequence[x509.Certificate],
+    roots: Sequence[x509.Certificate],
+    at: datetime,
+    purpose: Purpose,
+    effort: Effort | None = None,
 ) -> list[x509.Certificate] | str:
     """Return the path from leaf to root that is valid at a time, or why there is none.
 
@@ -129,19 +141,25 @@ def validate(
         roots: Trust anchors.
         at: The time.
         purpose: What the leaf must be for.
+        effort: What this adds to; the first chain that is too costly ends all others.
     """
+    effort = effort or Effort()
+    if not effort.begin():
+        return SPENT
     try:
         builder = (
             verification.PolicyBuilder()
             .store(verification.Store(list(roots)))
             .time(at)
             .max_chain_depth(MAX_DEPTH)
-            .extension_policies(ca_policy=_authority_rules(purpose), ee_policy=_leaf_rules(purpose))
+            .extension_policies(ca_policy=_authority_rules(purpose, effort), ee_policy=_leaf_rules(purpose))
         )
         chain = list(builder.build_client_verifier().verify(parsed[0], list(parsed[1:])).chain)
         return _problem(chain) or chain
     except (verification.VerificationError, UnsupportedAlgorithm, ValueError, OverflowError, *X509_ERRORS) as exc:
-        return _plain(str(exc))
+        reason = SPENT if effort.spent else _plain(str(exc))
+        effort.spent = TOO_COSTLY in reason
+        return reason
 
 
 def _plain(message: str) -> str:
@@ -165,9 +183,9 @@ def _leaf_rules(purpose: Purpose) -> ExtensionPolicy:
     )
 
 
-def _authority_rules(purpose: Purpose) -> ExtensionPolicy:
+def _authority_rules(purpose: Purpose, effort: Effort) -> ExtensionPolicy:
     rules = verification.ExtensionPolicy.webpki_defaults_ca()
-    return rules.may_be_present(x509.ExtendedKeyUsage, _ANY, _authority_usage(purpose))
+    return rules.may_be_present(x509.ExtendedKeyUsage, _ANY, _authority_usage(purpose, effort))
 
 
 def _leaf_usage(purpose: Purpose) -> Callable[[Policy, x509.Certificate, x509.ExtendedKeyUsage], None]:
@@ -180,8 +198,12 @@ def _leaf_usage(purpose: Purpose) -> Callable[[Policy, x509.Certificate, x509.Ex
     return check
 
 
-def _authority_usage(purpose: Purpose) -> Callable[[Policy, x509.Certificate, x509.ExtendedKeyUsage | None], None]:
+def _authority_usage(
+    purpose: Purpose, effort: Effort
+) -> Callable[[Policy, x509.Certificate, x509.ExtendedKeyUsage | None], None]:
     def check(_policy: object, _certificate: x509.Certificate, value: x509.ExtendedKeyUsage | None) -> None:
+        if not effort.step():  # asked of every candidate, before its signature is checked
+            raise ValueError(SPENT)
         if value is not None and purpose.usage not in value and ExtendedKeyUsageOID.ANY_EXTENDED_KEY_USAGE not in value:
             raise ValueError(f"an authority on the path has an extended key usage that lacks {purpose.name}")
 

@@ -16,11 +16,16 @@ from typing import Final
 ROUNDS: Final = 600_000
 #: Most rounds read: some seconds.
 MAX_ROUNDS: Final = 10_000_000
+#: Most memory that scrypt may ask for, in bytes (128 * N * r: RFC 7914, 2); OpenSSL writes keys that ask for 16 MiB.
+MAX_SCRYPT_MEMORY: Final = 64 << 20
+#: Most times that scrypt may fill it (p).
+MAX_SCRYPT_LANES: Final = 16
 #: Fewer rounds than these are worth a warning: OpenSSL's and many others' default is 2048.
 FEW_ROUNDS: Final = 100_000
 
 _PBES2: Final = bytes.fromhex("06092a864886f70d01050d")  # RFC 8018, A.4
 _PBKDF2: Final = bytes.fromhex("06092a864886f70d01050c")  # RFC 8018, A.2
+_SCRYPT: Final = bytes.fromhex("06092b06010401da47040b")  # RFC 7914, 7
 _HMAC_SHA256: Final = bytes.fromhex("06082a864886f70d0209")  # RFC 8018, B.1.2
 _AES256_CBC: Final = bytes.fromhex("060960864801650304012a")  # NIST CSOR, aes 42; RFC 8018, B.2.5
 _INTEGER, _OCTETS, _NULL, _SEQUENCE = 0x02, 0x04, b"\x05\x00", 0x30
@@ -53,8 +58,25 @@ def encrypt_pkcs8(der: bytes, passphrase: bytes, *, rounds: int = ROUNDS) -> byt
     return b"\n".join([b"-----BEGIN %b-----" % _LABEL, *lines, b"-----END %b-----" % _LABEL, b""])
 
 
+def costly(pem: bytes) -> str | None:
+    """Say why a passphrase should not be tried on an encrypted PKCS#8 key: it would keep us too busy; else None."""
+    if (pbkdf2_rounds(pem) or 0) > MAX_ROUNDS:
+        return f"the passphrase is stretched by more than {MAX_ROUNDS} rounds of PBKDF2"
+    cost, size, lanes = _derivation(pem, _SCRYPT, 3) or (0, 0, 0)
+    if 128 * cost * size > MAX_SCRYPT_MEMORY or lanes > MAX_SCRYPT_LANES:
+        most = f"{MAX_SCRYPT_MEMORY >> 20} MiB, {MAX_SCRYPT_LANES} times"
+        return f"the passphrase is stretched by scrypt, which asks for more than {most}"
+    return None
+
+
 def pbkdf2_rounds(pem: bytes) -> int | None:
     """Return the PBKDF2 rounds of an encrypted PKCS#8 key, or None where it is something else or malformed."""
+    numbers = _derivation(pem, _PBKDF2, 1)
+    return None if numbers is None else numbers[0]
+
+
+def _derivation(pem: bytes, function: bytes, count: int) -> tuple[int, ...] | None:
+    """Return the first numbers behind the salt of a key derivation function; None where it is another or malformed."""
     parts = pem.split(b"-----")
     if len(parts) < 3 or parts[1] != b"BEGIN " + _LABEL:
         return None
@@ -62,10 +84,10 @@ def pbkdf2_rounds(pem: bytes) -> int | None:
         der = base64.b64decode(b"".join(parts[2].split()), validate=True)
         scheme = _Reader(_Reader(der).read(_SEQUENCE)).read(_SEQUENCE)
         body = _Reader(_Reader(scheme).after(_PBES2)).read(_SEQUENCE)
-        reader = _Reader(_Reader(_Reader(body).read(_SEQUENCE)).after(_PBKDF2))
+        reader = _Reader(_Reader(_Reader(body).read(_SEQUENCE)).after(function))
         fields = _Reader(reader.read(_SEQUENCE))
         fields.read(_OCTETS)
-        return int.from_bytes(fields.read(_INTEGER), "big")
+        return tuple(int.from_bytes(fields.read(_INTEGER), "big") for _ in range(count))
     except (binascii.Error, ValueError):
         return None
 

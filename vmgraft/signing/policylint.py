@@ -30,7 +30,7 @@ def check_policy(policy: Policy, *, now: datetime | None = None, against: Sequen
     found: list[str] = []
     if now is not None:
         found += _endings(policy, now)
-    found += _unused(policy)
+    found += [*development_stores(policy), *_unused(policy)]
     found += [named.key.warning for named in policy.keys if named.key.warning is not None]
     for entry in policy.trust_policies:
         problems = [*_entry_problems(entry, policy), *_certificate_problems(entry, policy)]
@@ -74,6 +74,19 @@ def _store_endings(store: TrustStore, now: datetime) -> Iterator[str]:
             yield f"{store.reference}: the CRL of {name!r} expired at {format_time(update)}: its chains are refused"
         elif now + SOON > update:
             yield f"{store.reference}: the CRL of {name!r} ends at {format_time(update)}"
+
+
+# --- whom nobody should trust
+
+
+def development_stores(policy: Policy) -> list[str]:
+    """Say which trust stores hold a development authority (``vmgraft dev-ca``)."""
+    if not policy.stores:
+        return []
+    from vmgraft.signing.paths import is_development, load_roots
+
+    stores = [store.reference for store in policy.stores.values() if is_development(load_roots(store.roots))]
+    return [f"{reference} holds a development authority: anybody may hold its keys" for reference in stores]
 
 
 # --- what nothing refers to

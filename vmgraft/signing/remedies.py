@@ -12,6 +12,7 @@ from vmgraft.signing.capabilities import covered
 from vmgraft.signing.contract import Check
 from vmgraft.signing.judgement import Judgement
 from vmgraft.signing.policymodel import TrustPolicy
+from vmgraft.signing.rollback import highest_seen
 from vmgraft.signing.rules import label
 from vmgraft.signing.times import format_time
 
@@ -189,28 +190,35 @@ def _rollback(judgement: Judgement) -> Iterator[Remedy]:
     yield Remedy("use a release of the extension with a higher security version")
     for extension in statement.extensions:
         lowest = entry.min_security_version.get(extension.id, 0)
-        seen = _seen(judgement, entry, extension.id)
+        highest, own = _seen(judgement, entry, extension.id)
         advance = entry.max_advance.get(extension.id)
         if extension.security_version < lowest:
             path = f"{_at(judgement, entry)}/minSecurityVersion/{_escape(extension.id)}"
             edit = {"op": "replace", "path": path, "value": extension.security_version}
             yield Remedy(f"accept security version {extension.security_version} of {extension.id} again", (edit,))
-        if seen is not None and extension.security_version < seen:
-            yield Remedy(f"forget what ran here: vmgraft state reset {entry.name} {extension.id}")
-        elif seen is not None and advance is not None and extension.security_version > seen + advance:
+        if highest is not None and extension.security_version < highest[0]:
+            yield Remedy(f"forget what ran here: vmgraft state reset {highest[1]} {extension.id}")
+        elif own is not None and advance is not None and extension.security_version > own + advance:
             path = f"{_at(judgement, entry)}/maxAdvance/{_escape(extension.id)}"
-            edit = {"op": "replace", "path": path, "value": extension.security_version - seen}
+            edit = {"op": "replace", "path": path, "value": extension.security_version - own}
             yield Remedy(f"let {extension.id} advance that far", (edit,))
     if judgement.memory is None and entry.needs_state:
         yield Remedy("name the rollback memory of this host: --state")
 
 
-def _seen(judgement: Judgement, entry: TrustPolicy, extension: str) -> int | None:
-    """Return what the memory knows of an extension; one that cannot answer has said so in the check already."""
+def _seen(judgement: Judgement, entry: TrustPolicy, extension: str) -> tuple[tuple[int, str] | None, int | None]:
+    """Return the highest version that ran, with whose it is, and the one that ``maxAdvance`` counts from.
+
+    A memory that cannot answer has said so in the check already.
+    """
     try:
-        return None if judgement.memory is None else judgement.memory.highest(entry.name, extension)
+        highest = highest_seen(judgement.policy, extension, judgement.memory)
+        if judgement.memory is None or highest is None:
+            return None, None
+        own = judgement.memory.highest(entry.name, extension)
     except VmgraftError:
-        return None
+        return None, None
+    return highest, highest[0] if own is None else own
 
 
 # --- policy

@@ -9,21 +9,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from datetime import datetime, timedelta
+from datetime import datetime
+from functools import partial
 from typing import TYPE_CHECKING
 
-from vmgraft.errors import VmgraftError
+from vmgraft.errors import UntrustedSignerError, VmgraftError
 from vmgraft.signing.contract import CertifiedSigner
+from vmgraft.signing.effort import Effort
 from vmgraft.signing.judge import Certified, Signers, certify_under
 from vmgraft.signing.policymodel import Policy, TrustPolicy
 from vmgraft.signing.rules import Vouch
-from vmgraft.signing.times import format_time
+from vmgraft.signing.times import CLOCK_SKEW, format_time
 
 if TYPE_CHECKING:
     from vmgraft.signing.certificates import CertifiedKey
-
-#: How far another's clock (a signer's, a timestamp authority's) may be ahead of ours.
-CLOCK_SKEW = timedelta(minutes=5)
 
 
 @dataclass(slots=True)
@@ -49,7 +48,7 @@ class Standing:
 
 def take_stand(signers: Signers, policy: Policy, entry: TrustPolicy, now: datetime) -> Standing:
     """Judge valid signatures under a trust policy."""
-    judge = _Judge(policy, entry, now)
+    judge = _Judge(policy, entry, now, signers.effort)
     standing = judge.standing
     standing.signed |= {Vouch(key) for key in signers.valid}
     for item in signers.certified:
@@ -67,6 +66,7 @@ class _Judge:
     policy: Policy
     entry: TrustPolicy
     now: datetime
+    effort: Effort
     standing: Standing = field(default_factory=Standing)
 
     def certified(self, item: Certified) -> None:
@@ -111,7 +111,12 @@ class _Judge:
         """Judge an expired chain again, at the first trusted timestamp that falls into its validity."""
         store = self.policy.stores[f"ca:{path.authority}"]
         for when in self.times(item):
-            again = certify_under(store, item.material, at=when, now=self.now)
+            try:
+                judged = partial(certify_under, store, item.material, self.effort, at=when, now=self.now)
+                again = self.effort.once((store.name, item.material.certificates, when), judged)
+            except UntrustedSignerError as exc:
+                self.standing.notes.append(f"signature {item.index} at the time of its timestamp: {exc.message}")
+                break
             if again.expired is None:
                 return again, when
         return path, None
@@ -129,7 +134,8 @@ class _Judge:
         times = []
         for token in item.material.timestamps:
             try:
-                stamp = examine_timestamp(token, item.signature, authorities)
+                examined = partial(examine_timestamp, token, item.signature, authorities, self.effort)
+                stamp = self.effort.once((token, item.signature), examined)
             except VmgraftError as exc:
                 notes.append(f"{where} does not count: {exc.message}")
                 continue

@@ -11,16 +11,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import astuple, dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any, Final, Self
+from typing import Any, Self
 
 from vmgraft.errors import PolicyError, RollbackError, StateError, UsageError
 from vmgraft.signing.keys import PublicKey, public_from_pem
 from vmgraft.signing.policysign import PolicyTrust
-from vmgraft.signing.statedb import LAYOUT, StateDatabase, create_database
+from vmgraft.signing.statedb import LAYOUT, MAX_NUMBER, StateDatabase, create_database
 from vmgraft.signing.times import format_time
-
-#: Largest number kept; statements hold nothing larger.
-MAX_NUMBER: Final = (1 << 63) - 1
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,13 +15,16 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any, Final
 
-from vmgraft.errors import StateError
+from vmgraft.errors import FileError, StateError
 from vmgraft.signing import statefile
+from vmgraft.signing.keys import public_from_pem
 
 #: ``application_id`` of the database: "vmgs".
 APPLICATION: Final = 0x766D6773
 #: ``user_version`` of the database: the layout below.
 LAYOUT: Final = 1
+#: Largest number kept; statements hold nothing larger.
+MAX_NUMBER: Final = (1 << 63) - 1
 #: Seconds to wait for another process's transaction, which takes milliseconds.
 BUSY_SECONDS: Final = 10.0
 
@@ -40,6 +43,8 @@ _COLUMNS: Final = {
     "policies": ("signer", "version", "sha256", "raised"),
     "pins": ("signer", "pem", "pinned"),
 }
+#: Columns that hold numbers; the others hold text.
+_NUMBERS: Final = ("security", "generation", "version")
 
 
 class StateDatabase:
@@ -84,7 +89,18 @@ class StateDatabase:
         for row in rows:
             if row[-1] != _digest(table, row[:-1]):
                 raise StateError(f"a row of {table!r} is damaged", file=self.path, hint=statefile.RESTORE)
+            self._check_row(table, row)
         return [row[:-1] for row in rows]
+
+    def _check_row(self, table: str, row: tuple[Any, ...]) -> None:
+        """Refuse what this release never writes: SQLite keeps any type in any column (sqlite.org/datatype3.html, 3)."""
+        for name, value in zip(_COLUMNS[table], row, strict=False):
+            number = type(value) is int and 0 <= value <= MAX_NUMBER
+            if not (number if name in _NUMBERS else type(value) is str):
+                message = f"a row of {table!r} holds a {name!r} that was never written by vmgraft"
+                raise StateError(message, file=self.path, hint=statefile.RESTORE)
+        if table == "pins" and _keyid(row[1]) != row[0]:
+            raise StateError("a pinned key is not the one it is named", file=self.path, hint=statefile.RESTORE)
 
     def put(self, table: str, values: tuple[Any, ...]) -> None:
         """Write a row, its digest left out, over the one with the same key if there is one."""
@@ -195,6 +211,14 @@ def _connect(path: Path, mode: str) -> sqlite3.Connection:
         db.close()
         raise
     return db
+
+
+def _keyid(pem: str) -> str | None:
+    """Return the keyid of a pinned key, or None where it is no key."""
+    try:
+        return public_from_pem(pem.encode()).keyid
+    except FileError:
+        return None
 
 
 def _digest(table: str, values: Sequence[Any]) -> str:

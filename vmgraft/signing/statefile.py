@@ -134,6 +134,19 @@ def _check_folder(folder: Path) -> None:
         raise StateError(f"the folder belongs to uid {found.st_uid}", file=folder, hint="use a folder of your own")
     if found.st_mode & 0o022:
         raise StateError("others can write to the folder", file=folder, hint=f"chmod 700 {folder}")
+    real = Path(os.path.realpath(folder))
+    for part in dict.fromkeys((folder.absolute(), *folder.absolute().parents, *real.parents)):
+        _check_ancestor(part, _lstat(part))
+
+
+def _check_ancestor(part: Path, found: os.stat_result) -> None:
+    """Refuse a folder, or a link to one, through which others could put another folder in place of ours."""
+    if found.st_uid not in (os.geteuid(), 0):
+        hint = "name a place below folders of your own or root's: --state FILE"
+        raise StateError(f"a folder above the rollback memory belongs to uid {found.st_uid}", file=part, hint=hint)
+    if not stat.S_ISLNK(found.st_mode) and found.st_mode & 0o022 and not found.st_mode & stat.S_ISVTX:
+        hint = f"chmod go-w {part}; or another place: --state FILE"
+        raise StateError("others can write to a folder above the rollback memory", file=part, hint=hint)
 
 
 def _check_entry(path: Path, found: os.stat_result, *, links: bool = True) -> None:

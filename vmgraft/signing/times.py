@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import re
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from os import PathLike
+from typing import Final
 
 from vmgraft.errors import UsageError, VmgraftError
+
+#: How far another's clock (a signer's, an auditor's, a timestamp authority's) may be ahead of ours.
+CLOCK_SKEW: Final = timedelta(minutes=5)
 
 _FORM = "%Y-%m-%dT%H:%M:%SZ"
 _SHAPE = re.compile(r"([0-9]{4})-([0-9]{2})-([0-9]{2})T([0-9]{2}):([0-9]{2}):([0-9]{2})Z")

@@ -22,11 +22,14 @@ from os import PathLike, fspath
 from typing import TYPE_CHECKING, Final
 
 from vmgraft.errors import BadSignatureError, FileError, UntrustedSignerError, UsageError
+from vmgraft.signing.effort import SPENT, Effort
 from vmgraft.signing.material import MAX_TIMESTAMP
 
 if TYPE_CHECKING:
     from http.client import HTTPResponse
     from urllib.request import OpenerDirector
+
+    from cryptography.x509 import Certificate
 
 #: Media types of question and answer over HTTP (RFC 3161, 3.4).
 QUERY_TYPE: Final = "application/timestamp-query"
@@ -70,33 +73,36 @@ def verify_timestamp(token: bytes, signature: bytes, authorities: Sequence[Times
     return examine_timestamp(token, signature, authorities).time
 
 
-def examine_timestamp(token: bytes, signature: bytes, authorities: Sequence[TimestampAuthority]) -> Timestamp:
+def examine_timestamp(
+    token: bytes, signature: bytes, authorities: Sequence[TimestampAuthority], effort: Effort | None = None
+) -> Timestamp:
     """Verify a timestamp.
 
     Args:
         token: DER, a TimeStampResp or the TimeStampToken in it.
         signature: The bytes that it must be over.
         authorities: Whom to trust; the first with a path counts.
+        effort: What this adds to, where it is one timestamp of several.
 
     Raises:
         BadSignatureError: malformed, not over these bytes, or not signed by the certificate it names.
         UntrustedSignerError: the certificate leads to no trusted root at the time stated, or is not for time stamping.
     """
     from vmgraft.signing._token import latest, open_token
-    from vmgraft.signing.paths import TIME_STAMPING, is_development, load_roots, validate
+    from vmgraft.signing.paths import TIME_STAMPING, load_roots, validate
 
+    effort = effort or Effort()
+    if effort.spent:
+        raise UntrustedSignerError(SPENT, field=_FIELD)
     info, chain = open_token(token, signature)
     stated, signer = info.time.as_datetime(), chain[0].subject.rfc4514_string()
     reasons = []
     for authority in authorities:  # 5
-        path = validate(chain, load_roots(authority.roots), stated, TIME_STAMPING)
+        path = validate(chain, load_roots(authority.roots), stated, TIME_STAMPING, effort)
         if isinstance(path, str):
             reasons.append(f"{authority.name}: {path}")
             continue
-        notes: tuple[str, ...] = ()
-        if is_development(path):
-            notes = (f"the timestamp authority {authority.name} is a development one: anybody may hold its keys",)
-        return Timestamp(latest(info), authority.name, signer, notes)
+        return Timestamp(latest(info), authority.name, signer, _development(authority.name, path))
     why = "; ".join(reasons) or "the policy trusts no timestamp authority here"
     hint = "add the authority's root to the policy's trustStores, as type tsa"
     raise UntrustedSignerError(f"no trusted path for the timestamp of {signer!r}: {why}", field=_FIELD, hint=hint)
@@ -177,7 +183,16 @@ def _accepted(response: bytes, request: bytes, signature: bytes) -> tuple[bytes,
         stored = tsp.encode(b"\x30", status + response)
     if len(stored) > MAX_TIMESTAMP:
         raise bad(f"longer than {MAX_TIMESTAMP} bytes")
-    return stored, Timestamp(latest(info), "", chain[0].subject.rfc4514_string())
+    signer = chain[0].subject.rfc4514_string()
+    return stored, Timestamp(latest(info), "", signer, _development(signer, chain))
+
+
+def _development(name: str, path: Sequence[Certificate]) -> tuple[str, ...]:
+    from vmgraft.signing.paths import is_development
+
+    if not is_development(path):
+        return ()
+    return (f"the timestamp authority {name} is a development one: anybody may hold its keys",)
 
 
 def fetch(url: str, request: bytes, *, timeout: float = TIMEOUT) -> bytes:

@@ -32,14 +32,12 @@ from vmgraft.signing.keys import PublicKey
 from vmgraft.signing.policymodel import Policy
 from vmgraft.signing.policysign import PolicySigner
 from vmgraft.signing.statement import CONTENT_SUBJECT, STATEMENT_TYPE
-from vmgraft.signing.times import format_time, parse_time
+from vmgraft.signing.times import CLOCK_SKEW, format_time, parse_time
 
 #: https://slsa.dev/spec/v1.0/verification_summary
 SUMMARY_TYPE: Final = "https://slsa.dev/verification_summary/v1"
 #: Subject whose SHA-256 is the fs-verity digest of the content (the SHA-256 of its 256-byte descriptor).
 TREE_SUBJECT: Final = "guest-content/fs-verity-descriptor"
-#: How far an auditor's clock may be ahead of ours.
-CLOCK_SKEW: Final = timedelta(minutes=5)
 #: How old a summary may be where nobody says otherwise.
 MAX_AGE: Final = timedelta(days=7)
 
@@ -57,6 +55,7 @@ class Summary:
         statement: SHA-256 of the graft's statement, in hex; None where the auditor found none.
         tree: fs-verity digest of the content.
         flat: Flat SHA-256 of the content, where the auditor computed it.
+        levels: What it is said to reach; where it passed, the level of the trust policy that applied, alone.
     """
 
     auditor: str
@@ -68,6 +67,7 @@ class Summary:
     tree: bytes
     flat: bytes | None
     passed: bool
+    levels: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +111,9 @@ class SummaryDemand:
             message = f"the auditor used another policy (sha256:{summary.policy})"
             hint = f"ask for a summary under this one, sha256:{policy.sha256}"
             problem = UntrustedSignerError(message, file=self.file, field="policy", hint=hint)
+        elif (levels := _levels(policy, summary.trust_policy)) and summary.levels != levels:
+            message = f"it says PASSED, and of the level {', '.join(summary.levels)[:200]}, which is not the policy's"
+            problem = UntrustedSignerError(message, file=self.file, field="verifiedLevels")
         elif summary.statement != hashlib.sha256(statement).hexdigest():
             message = "the auditor saw another statement than the one in this image"
             problem = UntrustedSignerError(message, file=self.file, field="inputAttestations")
@@ -173,15 +176,14 @@ def build_summary(
     subjects = [{"name": TREE_SUBJECT, "digest": {"sha256": tree}}]
     if content.flat is not None:
         subjects.insert(0, {"name": CONTENT_SUBJECT, "digest": {"sha256": content.flat.hex()}})
-    entry = next((item for item in policy.trust_policies if item.name == report.policy), None)
+    levels = _levels(policy, report.policy)
     used: dict[str, Any] = {"uri": f"vmgraft:policy:sha256:{policy.sha256}", "digest": {"sha256": policy.sha256}}
     if report.policy is not None:
         used["name"] = report.policy
     inputs = []
     if statement is not None:
         inputs.append({"uri": "vmgraft:statement", "digest": {"sha256": hashlib.sha256(statement).hexdigest()}})
-    passed = report.ok and entry is not None and statement is not None
-    level = f"VMGRAFT_{entry.level.upper()}" if passed and entry is not None else "FAILED"
+    passed = report.ok and bool(levels) and statement is not None
     document = {
         "_type": STATEMENT_TYPE,
         "subject": subjects,
@@ -193,11 +195,16 @@ def build_summary(
             "policy": used,
             "inputAttestations": inputs,
             "verificationResult": "PASSED" if passed else "FAILED",
-            "verifiedLevels": [level],
+            "verifiedLevels": list(levels) if passed else ["FAILED"],
         },
     }
     validate("summary", document, file=None, error=UsageError)
     return json.dumps(document, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
+
+
+def _levels(policy: Policy, name: str | None) -> tuple[str, ...]:
+    """Return what an image that passes a trust policy reaches; nothing where there is no such trust policy."""
+    return tuple(f"VMGRAFT_{entry.level.upper()}" for entry in policy.trust_policies if entry.name == name)
 
 
 def sign_summary(statement: bytes, signer: PolicySigner) -> bytes:
@@ -251,4 +258,5 @@ def _summary(document: dict[str, Any], auditor: str, file: _PathOrNone) -> Summa
         tree=bytes.fromhex(tree),
         flat=None if flat is None else bytes.fromhex(flat),
         passed=predicate["verificationResult"] == "PASSED",
+        levels=tuple(predicate["verifiedLevels"]),
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,6 +10,8 @@ from pathlib import Path
 from vmgraft.errors import GraftFormatError
 from vmgraft.imagefmt.contract import Placement
 from vmgraft.imagefmt.graft import Graft
+from vmgraft.imagefmt.journal import journal_path
+from vmgraft.imagefmt.sidecar import refuse_long_name
 from vmgraft.vendor.workcopy import work_copy
 
 
@@ -17,9 +20,10 @@ def editable(image: Path, output: Path | None) -> Iterator[Path]:
     """Yield the file to change: the image itself, or a fresh copy that goes away when something fails.
 
     Raises:
-        FileError: the output's name is taken, or the copy fails.
+        FileError: the output's name is taken, the copy fails, or the journal's name is too long.
     """
     if output is None:
+        refuse_long_name(journal_path(Path(os.path.realpath(image))))
         yield image
         return
     with work_copy(image, output) as work:

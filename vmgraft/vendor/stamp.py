@@ -197,6 +197,9 @@ def _stamped(
     if len(material.timestamps) >= MAX_TIMESTAMPS:
         raise UsageError(f"the signature has {MAX_TIMESTAMPS} timestamps already, as many as allowed", field="signer")
     token, stamp = accept_response(*exchange, signature.sig, file=source)
+    answer = exchange[0]
+    if token in material.timestamps or any(stored.endswith(answer) for stored in material.timestamps):
+        raise UsageError("this timestamp stands beside the signature already", file=source, field="signer")
     if roots:
         stamp = examine_timestamp(token, signature.sig, [TimestampAuthority("--tsa-ca", roots)])
     stamps.append(Stamp(signature.keyid, stamp.time, stamp.signer, stamp.warnings))

@@ -80,6 +80,7 @@ class Launcher:
         options: How to boot.
         serial: Gets every byte the guest sends to its first serial port.
         progress: Called while the content is verified.
+        judged: Gets the verdict before anything is started because of it; a report of ``run`` comes only at the end.
         confine: Give up the rights of this process that the run does not need, once it is set up. Cannot be undone, so
             only programs that end with the run ask for it.
     """
@@ -92,10 +93,11 @@ class Launcher:
         *,
         serial: Callable[[bytes], None] | None = None,
         progress: Progress | None = None,
+        judged: Callable[[Report], None] | None = None,
         confine: bool = False,
     ) -> None:
         self._path, self._policy_path, self._options = image, policy, options
-        self._serial, self._progress, self._confine = serial, progress, confine
+        self._serial, self._progress, self._judged, self._confine = serial, progress, judged, confine
         self._stop_requested = False
 
     def plan(self) -> RunReport:
@@ -109,6 +111,7 @@ class Launcher:
             with open_image(self._path, self._options.opening) as image:
                 report = self._verify(image, open_graft(image, progress=self._progress), policy, memory)
         report.memory = memory.to_dict()
+        self._tell(report.verification)
         if report.plan is not None:
             _specs(report.plan)
         return report
@@ -168,8 +171,8 @@ class Launcher:
             )
         graft = open_graft(image, progress=self._progress)
         report = self._verify(image, graft, policy, memory)
-        checks = [check.to_dict() for check in report.verification.checks]
-        log.write("verification", {"ok": report.verification.ok, "error": report.verification.error, "checks": checks})
+        log.write("verification", _verdict(report.verification))
+        self._tell(report.verification)
         if report.plan is None or graft.tree is None:
             return report
         log.write("plan", {"sha256": report.plan.digest, "plan": report.plan.to_dict()})
@@ -202,6 +205,10 @@ class Launcher:
                 extensions=verdict.extensions if self._options.extensions else (),
             )
         return report
+
+    def _tell(self, verdict: Report) -> None:
+        if self._judged is not None:
+            self._judged(verdict)
 
     def _allow_bare(self, policy: Policy, verdict: Report) -> None:
         """Refuse to leave out extensions that the policy requires."""
@@ -313,6 +320,12 @@ def _orderly_signals() -> Iterator[None]:
     finally:
         for number in taken:
             signal.signal(number, signal.SIG_DFL)
+
+
+def _verdict(report: Report) -> dict[str, Any]:
+    """Return what the audit log says of the verification."""
+    checks = [check.to_dict() for check in report.checks]
+    return {"ok": report.ok, "error": report.error, "checks": checks, "warnings": list(report.warnings)}
 
 
 def _failure(error: BaseException) -> dict[str, Any]:

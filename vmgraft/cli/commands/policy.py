@@ -132,7 +132,6 @@ def init(
     output: Path,
 ) -> None:
     """Write a policy that trusts some keys or authorities and grants no more than what is named."""
-    from vmgraft.cli.files import write_output
     from vmgraft.signing.keyfiles import load_public
     from vmgraft.signing.manifest import parse_manifest
     from vmgraft.signing.policytools import format_policy, init_policy, name_keys
@@ -151,7 +150,18 @@ def init(
         stores=_stores(authorities, crls, timestampers),
         identities=identities,
     )
-    write_output(output, format_policy(document), what="policy")
+    _write_new(output, format_policy(document))
+
+
+def _write_new(output: Path, data: bytes) -> None:
+    """Write a policy that was just made, and warn where it trusts a development authority."""
+    from vmgraft.cli.files import write_output
+    from vmgraft.cli.output import show_warnings
+    from vmgraft.signing.policy import parse_policy
+    from vmgraft.signing.policylint import development_stores
+
+    show_warnings(development_stores(parse_policy(data)))
+    write_output(output, data, what="policy")
 
 
 def _stores(authorities: dict[str, Path], crls: dict[str, Path], timestampers: dict[str, Path]) -> list[dict[str, Any]]:
@@ -238,7 +248,6 @@ def import_notary(path: Path, folder: Path, scopes: tuple[str, ...], crls: dict[
 
     It grants nothing to any extension: add grants before use.
     """
-    from vmgraft.cli.files import write_output
     from vmgraft.errors import UsageError
     from vmgraft.signing import notary
     from vmgraft.signing.policytools import format_policy
@@ -250,7 +259,7 @@ def import_notary(path: Path, folder: Path, scopes: tuple[str, ...], crls: dict[
         _read(path, "the trust policy"), folder, scopes={name: rest for name, _, rest in pairs},
         crls={name: _read(file, "the revocation list") for name, file in crls.items()}, file=path,
     )  # fmt: skip
-    write_output(output, format_policy(document), what="policy")
+    _write_new(output, format_policy(document))
 
 
 @policy.command(

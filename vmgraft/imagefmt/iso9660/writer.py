@@ -60,7 +60,13 @@ def attach_iso(
         appended = [(place.record, record), (place.record + record.size, BytesBlob(end))]
         if record.size <= SMALL:  # one write; a larger record that is cut short is recognised by its UNDO
             appended = [(place.record, BytesBlob(record.read_all() + end))]
-    _write(file, size, appended, pack_locator(locator) if patches else b"", found.field)
+    try:
+        _write(file, size, appended, pack_locator(locator) if patches else b"", found.field)
+    except FileError:
+        if locator.placement is Placement.SIDECAR:
+            with suppress(FileError):
+                remove_sidecar(file.path)
+        raise
 
 
 def _sector(locator: Locator) -> bytes:

@@ -99,7 +99,8 @@ def open_named(name: bytes, referrer: Path, chain: Chain, *, field: str, offset:
     if _PROTOCOL.match(text):
         raise refuse("is a protocol or JSON description, which is never followed", "use a plain relative file name")
     if text.startswith("/") and not chain.named:
-        raise refuse("is absolute, which is followed only under a root folder that you name", "name its folder as root")
+        hint = "say `--root FOLDER` if the file is to be followed"
+        raise refuse("is absolute, which is followed only under a root folder that you name", hint)
     try:
         target = (referrer.absolute().parent / text).resolve(strict=True)
     except (OSError, RuntimeError) as exc:  # Python 3.11 reports a loop of symbolic links as RuntimeError

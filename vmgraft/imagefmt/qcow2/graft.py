@@ -16,7 +16,7 @@ from vmgraft.imagefmt.qcow2.note import Phase, find_bytes, find_note, parse_spil
 from vmgraft.imagefmt.qcow2.plan import PREFIX_SIZE, RECORD_AT
 from vmgraft.imagefmt.sidecar import Sidecar, locate_sidecar, stray_sidecar
 
-_INTERRUPTED = "an attach or detach was interrupted; the next one cleans up behind it"
+_INTERRUPTED = "an attach or detach was interrupted; the next one, or `vmgraft recover`, cleans up behind it"
 
 
 def interrupted(header: Header) -> bool:

@@ -8,10 +8,11 @@ is dead to every reader of qcow2, and the undo note (``note.py``) tells how to c
 from __future__ import annotations
 
 import struct
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from hashlib import sha256
 
-from vmgraft.errors import GraftFormatError, NoGraftError, NoRoomError, VmgraftError
+from vmgraft.errors import FileError, GraftFormatError, NoGraftError, NoRoomError, VmgraftError
 from vmgraft.imagefmt.blob import Blob
 from vmgraft.imagefmt.commit import Writer
 from vmgraft.imagefmt.contract import Locator, Patch, Placement, RecordBuilder, Undo
@@ -94,25 +95,32 @@ def extend(writer: Writer, header: Header, locator: Locator, record: Blob, *, wr
         raise _no_room(header, record.size, inline, str(writer.file))
     note = _note(header, layout, planning.original_bytes(header), sidecar=write_record)
     cluster = Cluster(writer, header.first_cluster)
-    cluster.put_note(note)
-    if note.spill:
-        cluster.put(note.spill_offset, note.spill)
-    if write_record:
-        _put_sidecar(cluster, note, locator, record)
-    if layout.name_new:
-        cluster.move_name(len(header.backing_name), layout.name_new)
-    cluster.put(layout.end_offset + lay.EXT_HEADER_SIZE, data + _END_MARK)
-    cluster.put(layout.end_offset, struct.pack(">II", lay.EXT_GRAFT, len(data)))
-    cluster.put_note(replace(note, phase=Phase.ATTACHED, sidecar=not inline))
-
-
-def _put_sidecar(cluster: Cluster, note: Note, locator: Locator, record: Blob) -> None:
-    """Write the sidecar; if that fails (no space, a foreign file of that name), take back what was written."""
+    begun = replace(note, sidecar=False)
     try:
-        write_sidecar(cluster.writer.file, locator, record)
-    except VmgraftError:
-        _restore(cluster, replace(note, sidecar=False))
+        cluster.put_note(note)
+        if note.spill:
+            cluster.put(note.spill_offset, note.spill)
+        if write_record:
+            write_sidecar(writer.file, locator, record)
+            begun = note
+        if layout.name_new:
+            cluster.move_name(len(header.backing_name), layout.name_new)
+        cluster.put(layout.end_offset + lay.EXT_HEADER_SIZE, data + _END_MARK)
+        cluster.put(layout.end_offset, struct.pack(">II", lay.EXT_GRAFT, len(data)))
+        cluster.put_note(replace(note, phase=Phase.ATTACHED, sidecar=not inline))
+    except VmgraftError:  # the disk is full, or a foreign file has the sidecar's name
+        with suppress(FileError):
+            _take_back(writer, header, begun)
         raise
+
+
+def _take_back(writer: Writer, header: Header, note: Note) -> None:
+    """Undo an attach that failed after any of its steps, or in the middle of one: what is there now is read anew."""
+    cluster = Cluster(writer, writer.read(0, len(header.first_cluster)))
+    end = _original_end(note, parse_spill(note.spill, str(writer.file)) if note.spill else ())
+    if cluster.data[note.end_offset : note.end_offset + len(end)] != end:
+        cluster.put(note.end_offset, end)
+    _restore(cluster, note)
 
 
 def choose(header: Header, placement: Placement, size: int, file: str) -> bool:

@@ -28,6 +28,7 @@ _FILLER = bytes(layout.PARENT_LOCATOR_SIZE - 12)
 _TREE = slice(16, 16 + layout.POINTER_TREE_SIZE)
 #: States in which the sidecar beside the image is somebody else's.
 _FOREIGN = (GraftState.SWAPPED, GraftState.STALE)
+_INTERRUPTED = "an attach or detach was interrupted; the next one, or `vmgraft recover`, cleans up behind it"
 
 
 def make_pointer(locator: Locator) -> bytes:
@@ -72,7 +73,7 @@ def locate_dynamic(file: FlatFile, header: DynamicHeader, torn: bool) -> Located
     if torn or not pointer.startswith(layout.POINTER_CODE):
         stray = stray_sidecar(file.path)
         if stray is None:
-            return Located(GraftState.NONE)
+            return Located(GraftState.NONE, _INTERRUPTED if torn else "")
         detail = "the image does not point to the sidecar beside it (another program dropped the pointer, or attach or "
         return Located(GraftState.ORPHANED, detail + "detach was interrupted)", stray.locator, None, stray.record)
     offset = header.offset + layout.POINTER_OFFSET

@@ -84,9 +84,9 @@ def replay(writer: Writer, descriptor: Descriptor, new: bytes, journal: gaps.Jou
 def cut(writer: Writer, end: int, size: int) -> None:
     """End the text at file offset ``end``, then wipe the ``size`` bytes from there on."""
     if size:
-        writer.write(end, b"\0")
+        writer.wipe(end, 1)
         writer.sync()
-        writer.write(end, bytes(size))
+        writer.wipe(end, size)
         writer.sync()
 
 
