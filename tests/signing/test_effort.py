@@ -6,8 +6,9 @@ import dataclasses
 
 import pytest
 import signing_ca as ca
+from cryptography import x509
 from cryptography.hazmat.primitives import hashes
-from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from openssl_tsa import Tsa, tsa_leaf
 
 from vmgraft.errors import UntrustedSignerError
@@ -82,6 +83,21 @@ def test_mazes_that_are_just_not_too_costly(calls):
     found = judge_signatures(envelope, [], stores(32, root), ca.NOW)
     assert not found.certified and len(found.unknown) == MAX_SIGNATURES and found.effort.spent
     assert 1 < calls["validations"] <= MAX_STEPS and calls["candidates"] == MAX_STEPS
+
+
+def test_the_costliest_keys_are_not_used():
+    """One check with an RSA key of 16,384 bits takes as long as dozens with others."""
+    huge = rsa.RSAPublicNumbers(65537, (1 << 16383) + 1).public_key()
+    root, leaf = ca.issue("Root", ca=True), ca.issue("Leaf")
+    builder = x509.CertificateBuilder().subject_name(leaf.cert.issuer).issuer_name(root.cert.subject).public_key(huge)
+    builder = builder.serial_number(7).not_valid_before(root.cert.not_valid_before_utc)
+    builder = builder.not_valid_after(root.cert.not_valid_after_utc)
+    for extension in root.cert.extensions:
+        builder = builder.add_extension(extension.value, extension.critical)
+    middle = builder.sign(root.key, hashes.SHA256())
+    effort = Effort()
+    found = paths.validate([leaf.cert, middle], [root.cert], ca.NOW, paths.CODE_SIGNING, effort)
+    assert isinstance(found, str) and "RSA key of more than 8192 bits" in found and effort.steps == 2
 
 
 def test_the_largest_sensible_envelope_is_judged_whole(calls):

@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 MAX_DEPTH: Final = 6
 #: Shortest RSA key on a path, in bits (NIST SP 800-57 part 1, table 2: 128 bits of strength).
 MIN_RSA_BITS: Final = 3072
+#: Longest RSA key of an authority on a path, in bits: what one signature check may cost.
+MAX_RSA_BITS: Final = 8192
 #: Organisation in the names of certificates made by ``vmgraft dev-ca``.
 DEVELOPMENT: Final = "DEVELOPMENT ONLY (vmgraft dev-ca)"
 
@@ -201,9 +203,12 @@ def _leaf_usage(purpose: Purpose) -> Callable[[Policy, x509.Certificate, x509.Ex
 def _authority_usage(
     purpose: Purpose, effort: Effort
 ) -> Callable[[Policy, x509.Certificate, x509.ExtendedKeyUsage | None], None]:
-    def check(_policy: object, _certificate: x509.Certificate, value: x509.ExtendedKeyUsage | None) -> None:
+    def check(_policy: object, certificate: x509.Certificate, value: x509.ExtendedKeyUsage | None) -> None:
         if not effort.step():  # asked of every candidate, before its signature is checked
             raise ValueError(SPENT)
+        key = certificate.public_key()
+        if isinstance(key, rsa.RSAPublicKey) and key.key_size > MAX_RSA_BITS:
+            raise ValueError(f"an authority on the path has an RSA key of more than {MAX_RSA_BITS} bits")
         if value is not None and purpose.usage not in value and ExtendedKeyUsageOID.ANY_EXTENDED_KEY_USAGE not in value:
             raise ValueError(f"an authority on the path has an extended key usage that lacks {purpose.name}")
 
