@@ -174,7 +174,7 @@ class FlatFile:
 
 
 class FlatImage(Image):
-    """An image that is one flat file; subclasses say which bytes of it are content by ``readinto``."""
+    """An image in one file; subclasses say which bytes of it are content by ``readinto``."""
 
     _file: FlatFile
 

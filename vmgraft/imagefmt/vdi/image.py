@@ -11,7 +11,6 @@ from vmgraft.imagefmt import gap as gaps
 from vmgraft.imagefmt.contract import (
     Extent,
     GraftState,
-    Image,
     Located,
     OpenOptions,
     Placement,
@@ -19,7 +18,7 @@ from vmgraft.imagefmt.contract import (
     Room,
     Undo,
 )
-from vmgraft.imagefmt.flatfile import FlatFile
+from vmgraft.imagefmt.flatfile import FlatFile, FlatImage
 from vmgraft.imagefmt.locator import MAGIC
 from vmgraft.imagefmt.mapped import MappedContent
 from vmgraft.imagefmt.vdi import _layout as lay
@@ -28,7 +27,7 @@ from vmgraft.imagefmt.vdi.blocks import VdiBlocks
 from vmgraft.imagefmt.vdi.header import check_complete, comment_text, read_header
 
 
-class VdiImage(Image):
+class VdiImage(FlatImage):
     """An open VDI image; see :class:`vmgraft.imagefmt.contract.Image`.
 
     Raises:
@@ -65,12 +64,6 @@ class VdiImage(Image):
                 check_complete(self._file, self._header)
                 self._content = MappedContent(self._file, VdiBlocks(self._file, self._header))
             return self._content
-
-    def read(self, offset: int, length: int) -> bytes:
-        """Return guest content; short only at its end."""
-        buffer = bytearray(max(0, min(length, self.virtual_size - offset)))
-        count = self.readinto(offset, memoryview(buffer))
-        return bytes(buffer[:count])
 
     def readinto(self, offset: int, buffer: memoryview) -> int:
         """Fill ``buffer`` with guest content and return the number of bytes.
@@ -142,7 +135,3 @@ class VdiImage(Image):
             super().reattach(located)
         writer.reattach(self._file, self._header, located)
         self._refresh()
-
-    def close(self) -> None:
-        """Close the file and give up its locks."""
-        self._file.close()

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from vmgraft.errors import UnsupportedError, UsageError
-from vmgraft.imagefmt.contract import Extent, Image, Located, OpenOptions, Placement, RecordBuilder, Room, Undo
-from vmgraft.imagefmt.flatfile import FlatFile
+from vmgraft.imagefmt.contract import Extent, Located, OpenOptions, Placement, RecordBuilder, Room, Undo
+from vmgraft.imagefmt.flatfile import FlatFile, FlatImage
 from vmgraft.imagefmt.vhd import _layout as layout
 from vmgraft.imagefmt.vhd import graft
 from vmgraft.imagefmt.vhd.header import read_container
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from vmgraft.imagefmt.vhd.blocks import VhdBlocks
 
 
-class VhdImage(Image):
+class VhdImage(FlatImage):
     """A VHD, fixed or dynamic; see :class:`vmgraft.imagefmt.contract.Image`.
 
     Opening reads footer and header; the block allocation table is read by the first access to guest content. A
@@ -60,11 +60,6 @@ class VhdImage(Image):
             self._located = graft.locate_dynamic(self._file, self._header, self._torn)
 
     # --- content ---------------------------------------------------------------------------------------------------
-
-    def read(self, offset: int, length: int) -> bytes:
-        """Return guest content; short only at the end of the disk."""
-        buffer = bytearray(max(0, min(length, self.virtual_size - offset)))
-        return bytes(buffer[: self.readinto(offset, memoryview(buffer))])
 
     def readinto(self, offset: int, buffer: memoryview) -> int:
         """Fill ``buffer`` with guest content; safe from several threads."""
@@ -170,10 +165,6 @@ class VhdImage(Image):
             return Undo(file_size=self._file.current_size())
         locator = self._located.locator
         return None if locator is None else Undo(file_size=locator.file_size)
-
-    def close(self) -> None:
-        """Close the file and give up its locks; twice is harmless."""
-        self._file.close()
 
 
 def _text(data: bytes) -> str:

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from vmgraft.errors import UnsupportedError, UsageError
-from vmgraft.imagefmt.contract import Extent, Image, Located, OpenOptions, Placement, RecordBuilder, Room, Undo
-from vmgraft.imagefmt.flatfile import FlatFile
+from vmgraft.imagefmt.contract import Extent, Located, OpenOptions, Placement, RecordBuilder, Room, Undo
+from vmgraft.imagefmt.flatfile import FlatFile, FlatImage
 from vmgraft.imagefmt.mapped import MappedContent
 from vmgraft.imagefmt.vhdx import writer
 from vmgraft.imagefmt.vhdx.bat import BlockTable, Survey
@@ -17,7 +17,7 @@ from vmgraft.imagefmt.vhdx.container import Container, describe, read_container
 from vmgraft.imagefmt.vhdx.graft import Found, find_graft
 
 
-class VhdxImage(Image):
+class VhdxImage(FlatImage):
     """An open VHDX image; see :class:`vmgraft.imagefmt.contract.Image`.
 
     Opening reads headers, region table and metadata, and looks for the graft. The block table is read by the first
@@ -33,25 +33,25 @@ class VhdxImage(Image):
     def __init__(self, path: Path, options: OpenOptions) -> None:
         self.path = path
         self._lock = threading.Lock()
-        self._flat = FlatFile(path, writable=options.writable)
+        self._file = FlatFile(path, writable=options.writable)
         try:
             self._refresh()
             if options.writable and self._found.interrupted:
-                self.recovered = writer.recover(self._flat, self._container, self._survey(), self._found)
+                self.recovered = writer.recover(self._file, self._container, self._survey(), self._found)
                 self._refresh()
         except BaseException:
-            self._flat.close()
+            self._file.close()
             raise
 
     def _refresh(self) -> None:
         """Read everything but the block table again, and find the graft."""
-        self._flat.size = self._flat.current_size()
-        self._container: Container = read_container(self._flat)
+        self._file.size = self._file.current_size()
+        self._container: Container = read_container(self._file)
         self._surveyed: tuple[BlockTable, Survey] | None = None
         self._content: MappedContent | None = None
         self.virtual_size = self._container.facts.virtual_size
         self.sector_size = self._container.facts.logical_sector
-        self._found: Found = find_graft(self._flat, self._container, self._survey)
+        self._found: Found = find_graft(self._file, self._container, self._survey)
 
     def _survey(self) -> Survey:
         return self._open_table()[1]
@@ -59,16 +59,11 @@ class VhdxImage(Image):
     def _open_table(self) -> tuple[BlockTable, Survey]:
         """Return the block table, and what it says as a whole; read once."""
         if self._surveyed is None:
-            table = self._container.block_table(self._flat)
+            table = self._container.block_table(self._file)
             self._surveyed = table, table.survey()
         return self._surveyed
 
     # --- content ---------------------------------------------------------------------------------------------------
-
-    def read(self, offset: int, length: int) -> bytes:
-        """Return guest content; short only at the end of the disk."""
-        buffer = bytearray(max(0, min(length, self.virtual_size - offset)))
-        return bytes(buffer[: self.readinto(offset, memoryview(buffer))])
 
     def readinto(self, offset: int, buffer: memoryview) -> int:
         """Fill ``buffer`` with guest content; safe from several threads."""
@@ -89,7 +84,7 @@ class VhdxImage(Image):
         with self._lock:
             if self._content is None:
                 self._check_readable()
-                self._content = MappedContent(self._flat, self._open_table()[0])
+                self._content = MappedContent(self._file, self._open_table()[0])
             return self._content
 
     def _check_readable(self) -> None:
@@ -105,13 +100,13 @@ class VhdxImage(Image):
                 hint="merge it with its parent in the program that made it",
             )
         if container.dirty:
-            raise writer.dirty_log(self._flat, container.headers)
+            raise writer.dirty_log(self._file, container.headers)
 
     # --- facts and graft -------------------------------------------------------------------------------------------
 
     def metadata(self) -> dict[str, Any]:
         """Return container facts, all unverified; works for images whose content cannot be read."""
-        return describe(self._container, self._flat) | {"interruptedChange": self._found.interrupted}
+        return describe(self._container, self._file) | {"interruptedChange": self._found.interrupted}
 
     def locate(self) -> Located:
         """Return the graft as found when the image was opened, or last changed through it."""
@@ -119,7 +114,7 @@ class VhdxImage(Image):
 
     def room(self) -> Room:
         """Return how long an inline record may be."""
-        return writer.room(self._flat, self._container)
+        return writer.room(self._file, self._container)
 
     def attach(self, build: RecordBuilder, placement: Placement, tree_digest: bytes) -> Located:
         """Write a record; see :func:`vmgraft.imagefmt.vhdx.writer.attach`."""
@@ -129,22 +124,18 @@ class VhdxImage(Image):
             undo = found.head.undo if found.head is not None else None
             if found.located.state not in writer.FREE or undo is None:
                 raise UsageError("the image already carries a graft", file=self.path, hint="detach it first")
-            writer.detach(self._flat, self._container, self._survey(), found, undo)
+            writer.detach(self._file, self._container, self._survey(), found, undo)
             self._refresh()
         terms = writer.Terms(placement, tree_digest)
-        writer.attach(self._flat, self._container, self._survey(), build, terms)
+        writer.attach(self._file, self._container, self._survey(), build, terms)
         self._refresh()
         return self.locate()
 
     def detach(self, undo: Undo) -> None:
         """Take the graft out; see :func:`vmgraft.imagefmt.vhdx.writer.detach`."""
-        writer.detach(self._flat, self._container, self._survey(), self._found, undo)
+        writer.detach(self._file, self._container, self._survey(), self._found, undo)
         self._refresh()
 
     def recovery_undo(self) -> Undo | None:
         """Return the copy of UNDO at the beginning of the graft's region, for when the record is lost; or None."""
         return None if self._found.head is None else self._found.head.undo
-
-    def close(self) -> None:
-        """Close the file and give up its locks."""
-        self._flat.close()

@@ -12,7 +12,6 @@ from vmgraft.imagefmt import gap as gaps
 from vmgraft.imagefmt.contract import (
     Extent,
     GraftState,
-    Image,
     Located,
     OpenOptions,
     Placement,
@@ -20,14 +19,14 @@ from vmgraft.imagefmt.contract import (
     Room,
     Undo,
 )
-from vmgraft.imagefmt.flatfile import FlatFile
+from vmgraft.imagefmt.flatfile import FlatFile, FlatImage
 from vmgraft.imagefmt.mapped import MappedContent
 from vmgraft.imagefmt.vmdk import _layout as lay
 from vmgraft.imagefmt.vmdk import graft, writer
 from vmgraft.imagefmt.vmdk.tables import VmdkGrains
 
 
-class VmdkImage(Image):
+class VmdkImage(FlatImage):
     """An open monolithicSparse or streamOptimized image; see :class:`vmgraft.imagefmt.contract.Image`.
 
     Raises:
@@ -85,12 +84,6 @@ class VmdkImage(Image):
                 field="unclean_shutdown",
                 hint="let the program that uses it open and close it once more, or convert it with `qemu-img convert`",
             )
-
-    def read(self, offset: int, length: int) -> bytes:
-        """Return guest content; short only at its end."""
-        buffer = bytearray(max(0, min(length, self.virtual_size - offset)))
-        count = self.readinto(offset, memoryview(buffer))
-        return bytes(buffer[:count])
 
     def readinto(self, offset: int, buffer: memoryview) -> int:
         """Fill ``buffer`` with guest content and return the number of bytes.
@@ -167,7 +160,3 @@ class VmdkImage(Image):
             super().reattach(located)
         writer.reattach(self._file, self._parts, located)
         self._refresh()
-
-    def close(self) -> None:
-        """Close the file and give up its locks."""
-        self._file.close()

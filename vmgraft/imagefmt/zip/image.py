@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from vmgraft.errors import UsageError
-from vmgraft.imagefmt.contract import Extent, Image, Located, OpenOptions, Placement, RecordBuilder, Room, Undo
-from vmgraft.imagefmt.flatfile import FlatFile
+from vmgraft.imagefmt.contract import Extent, Located, OpenOptions, Placement, RecordBuilder, Room, Undo
+from vmgraft.imagefmt.flatfile import FlatFile, FlatImage
 from vmgraft.imagefmt.zip import _layout as layout
 from vmgraft.imagefmt.zip.locate import find_graft
 from vmgraft.imagefmt.zip.writer import attach_zip, cut_off, detach_zip, room
 
 
-class ZipImage(Image):
+class ZipImage(FlatImage):
     """An open archive; see :class:`vmgraft.imagefmt.contract.Image`.
 
     Raises:
@@ -43,11 +43,6 @@ class ZipImage(Image):
         self._file.size = self._file.current_size()
         self._found = find_graft(self._file)
         self.virtual_size = self._found.records.end
-
-    def read(self, offset: int, length: int) -> bytes:
-        """Return bytes of the archive; short only at its end."""
-        buffer = bytearray(max(0, min(length, self.virtual_size - offset)))
-        return bytes(buffer[: self.readinto(offset, memoryview(buffer))])
 
     def readinto(self, offset: int, buffer: memoryview) -> int:
         """Fill ``buffer`` with bytes of the archive; safe from several threads."""
@@ -101,7 +96,3 @@ class ZipImage(Image):
         """Return an undo from the places, which hold all that an archive needs: the original size."""
         place = self._found.place
         return None if place is None else Undo(file_size=place.file_size)
-
-    def close(self) -> None:
-        """Close the file and give up its locks; twice is harmless."""
-        self._file.close()
