@@ -82,11 +82,22 @@ def test_init_check_sign_explain(place: Path) -> None:
     assert "trusted" in shown and "would pass" not in shown
     shown = call(place, "policy", "explain", "disk.img", "--policy", "bare.json", code=17).stdout
     assert "capabilities would pass by any of:" in shown and '{"op": "add"' in shown
+    assert "together" not in shown and "note:" not in shown
+    bare = json.loads((place / "bare.json").read_text())
+    bare["trustPolicies"][0] |= {"minSecurityVersion": {edit["path"].rpartition("/")[2]: 9}, "rollbackState": "required"}
+    (place / "steps.json").write_text(json.dumps(bare))
+    shown = call(place, "policy", "explain", "disk.img", "--policy", "steps.json", code=16).stdout
+    assert "rollback takes several of these together:\n  - name the rollback memory of this host: --state\n" in shown
 
     ok(place, "policy", "sign", "full.json", "--key", "admin.key", "-o", "full.dsse")
     checked = ok(place, "policy", "check", "full.dsse", "--policy-key", "admin.pub", "--against", CLOCK, "--json")
     assert len(json.loads(checked.stdout)["signedBy"]) == 1
     ok(place, "policy", "explain", "disk.img", "--policy", "full.dsse", "--policy-key", "admin.pub")
+    ok(place, "policy", "sign", "bare.json", "--key", "admin.key", "-o", "bare.dsse")
+    signed = ("policy", "explain", "disk.img", "--policy", "bare.dsse", "--policy-key", "admin.pub")
+    assert "note: this policy is signed, by SHA256:" in call(place, *signed, code=17).stdout
+    (note,) = json.loads(call(place, *signed, "--json", code=17).stdout)["notes"]
+    assert "raise its policyVersion above 1, and sign it anew (vmgraft policy sign)" in note
     for policy, more in (
         ("full.dsse", ["--policy-key", "vendor.pub"]),
         ("full.dsse", []),

@@ -1,7 +1,9 @@
 """``verify`` with a memory and with summaries, as the program does it."""
 
 import json
+import os
 import shlex
+import subprocess
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -99,6 +101,31 @@ def test_a_pinned_key_holds_for_the_auditor_too(desk: Desk) -> None:
     desk.verify(code=18)
     desk.policy.write_bytes(desk.plain)
     desk.verify("--require-signed-policy", code=18)
+
+
+def test_who_signed_is_said(desk: Desk) -> None:
+    assert desk.verify()["signerNames"] == {desk.vendor.keyid: "acme"}
+    with pytest.raises(SystemExit):
+        app.run(["verify", str(desk.image), "--policy", str(desk.policy)])
+    assert f"      signer        {desk.vendor.keyid} (acme)\n" in desk.capsys.readouterr().out
+
+
+def test_a_memory_that_cannot_change_serves_who_only_reads(desk: Desk) -> None:
+    """An auditor compares with it; a host that could not raise it does not start."""
+    create_state(desk.state)
+    fix = ["chattr", "+i", str(desk.state)]
+    if os.getuid() != 0 or subprocess.run(fix, capture_output=True, check=False).returncode:
+        pytest.skip("needs root, and a file system with chattr +i")
+    try:
+        desk.verify("--state", desk.state)
+        with pytest.raises(SystemExit) as ended:
+            command = ["run", desk.image, "--policy", desk.policy, "--state", desk.state, "--json"]
+            app.run([str(part) for part in command])
+        document = json.loads(desk.capsys.readouterr().out)
+        assert ended.value.code == 18 and document["error"]["code"] == "state-invalid"
+        assert "cannot be opened or written" in document["error"]["message"]
+    finally:
+        subprocess.run(["chattr", "-i", str(desk.state)], check=True)
 
 
 # --- summaries

@@ -129,6 +129,22 @@ def _hints(name: str, what: str, problem: str, **lies: object) -> Case:
     return _record(f"section-{name}", what, lambda: lay.record([*PARTS, hints]), problem)
 
 
+def files() -> Iterator[Case]:
+    """Pieces of an extension's files: sections like others, but for what the manifest says is in them."""
+    piece = Part(lay.FILES, b"one file after the other")
+
+    def case(name: str, what: str, problem: str, **lies: object) -> Case:
+        return _record(f"files-{name}", what, lambda: lay.record([*PARTS, piece.but(**lies)]), problem)
+
+    yield case("65-mib", "a piece of 65 MiB", "is over 67108864", flags=CRITICAL | ZSTD, raw_size=65 << 20)
+    yield case("differ", "a piece of two sizes", "uncompressed section differ", raw_size=5)
+    yield case("ratio", "a byte that unpacks to 1001", "is over 1000 times", data=b"x", flags=3, raw_size=1001)
+    yield case("past-end", "a piece behind the record's end", "beyond the record", stored_size=1 << 20)
+    yield case("flags", "a flag that files do not have", "unknown section flags 0x5", flags=5)
+    many = [*PARTS, *(piece.but(data=bytes([index])) for index in range(254))]
+    yield _record("files-257-sections", "254 pieces, one section too many", lambda: lay.record(many), "257 sections")
+
+
 def undos() -> Iterator[Case]:
     """UNDO sections; they are read to show what detach would do, and by detach."""
 
@@ -294,5 +310,5 @@ def samples() -> dict[str, bytes]:
 
 def cases() -> Iterator[Case]:
     """All of them."""
-    for group in (records, sections, undos, locators, sidecars):
+    for group in (records, sections, files, undos, locators, sidecars):
         yield from group()

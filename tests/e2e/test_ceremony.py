@@ -78,7 +78,7 @@ def test_two_of_two_sign_one_after_the_other(cli, tool, vendor: Path, disk: Path
     cli("verify", disk, "--policy", wanted, code=11)
     assert code_of("sign", disk, "--key", tmp_path / "third.key", *trust) == 2
     out = cli("sign", disk, "--append", "--key", tmp_path / "third.key", *trust)
-    assert "now with 3 signature(s)" in out
+    assert "now with 3 signatures" in out
     assert len(cli.json("verify", disk, "--policy", wanted)["signers"]) == 3
 
 

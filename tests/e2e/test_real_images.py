@@ -12,7 +12,7 @@ MEMTEST = Path("/usr/lib/memtest86+")
 #: behind its boot sector, so it can be grafted as either. Memtest86+ takes a while to get to its own screen on the soft
 #: CPU: the one for 64 bits is given the time, of the other one the boot loader's word does.
 MEDIA = [
-    pytest.param("grub-rescue-floppy.img", "raw", ["--image-format", "raw"], "auto", "GNU GRUB", id="floppy-raw"),
+    pytest.param("grub-rescue-floppy.img", "raw", ["--image-format", "raw"], "floppy", "GNU GRUB", id="floppy-raw"),
     pytest.param("grub-rescue-floppy.img", "iso9660", [], "auto", "GNU GRUB", id="floppy-iso"),
     pytest.param("grub-rescue-usb.img", "iso9660", [], "disk", "GNU GRUB", id="usb"),
     pytest.param("memtest86+ia32.iso", "iso9660", [], "auto", "Loading Memtest86+", id="memtest-ia32"),

@@ -266,6 +266,33 @@ def _manifest(data: bytes) -> None:
     parse_manifest(data)
 
 
+def _iso_tree(data: bytes) -> None:
+    from vmgraft.imagefmt.blob import BytesBlob
+    from vmgraft.vmmhost.supplements.iso import VolumeFile
+    from vmgraft.vmmhost.supplements.isotree import read_tree
+    from vmgraft.vmmhost.supplements.media import ReadOnlyDisk
+    from vmgraft.vmmhost.supplements.union import merge
+
+    # The system area in front of the descriptors says nothing and only makes the inputs longer.
+    tree = read_tree(ReadOnlyDisk(BytesBlob(bytes(32768) + data)), name="f")
+    for node in tree.values():
+        if isinstance(node, VolumeFile):
+            node.data.read(0, min(node.data.size, 4096))
+    merge([("f", tree), ("g", tree)])
+
+
+def _iso_tree_seeds() -> Iterator[tuple[str, bytes]]:
+    from datetime import UTC, datetime
+
+    from vmgraft.imagefmt.blob import BytesBlob
+    from vmgraft.vmmhost.supplements.iso import Link, Node, VolumeFile, build_volume
+
+    tree: dict[str, Node] = {"a/b": VolumeFile(BytesBlob(b"file"), executable=True), "n" * 200: Link("../" * 90 + "x")}
+    for name, more in (("plain", {}), ("whiteouts", {"a/.wh.b": VolumeFile(BytesBlob(b""))})):
+        volume = build_volume("FUZZ", tree | more, created=datetime(2026, 1, 1, tzinfo=UTC))
+        yield name, volume.read(32768, volume.size)
+
+
 def _policy(data: bytes) -> None:
     from vmgraft.signing.policy import parse_policy
 
@@ -298,12 +325,16 @@ def _signed() -> dict[str, bytes]:
 
 def _json_target(name: str, run: Callable[[bytes], None]) -> Target:
     def seeds() -> Iterator[tuple[str, bytes]]:
+        from vmgraft.vendor.pack import load_package
+
         yield "sound", _signed()[name]
+        if name == "manifest":
+            yield "files", load_package(ROOT / "examples" / "cloudinit").manifest
         yield "deep", b"[" * 5000
         yield "numbers", b'{"a":1e999,"b":-0,"c":NaN,"d":' + b"9" * 400 + b"}"
         yield "text", b'{"a":"\\ud800","a":"\xff\xfe"}'
 
-    modules = ("dsse", "statement", "manifest", "policy", "times", "scopes", "capabilities")
+    modules = ("dsse", "statement", "manifest", "policy", "times", "scopes", "capabilities", "supplements")
     packages = ("vmgraft.schemas", *(f"vmgraft.signing.{module}" for module in modules))
     return Target(run, seeds, packages, tuple(_words(name)))
 
@@ -371,5 +402,8 @@ def all_targets() -> dict[str, Target]:
         "statement": _json_target("statement", _statement),
         "manifest": _json_target("manifest", _manifest),
         "policy": _json_target("policy", _policy),
+        "iso-tree": Target(
+            _iso_tree, _iso_tree_seeds, ("vmgraft.vmmhost.supplements",), (b"CD001", b"NM", b"PX", b"CE")
+        ),
     }
     return images | ours | fuzz_signing.targets(Target)

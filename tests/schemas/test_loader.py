@@ -87,6 +87,14 @@ def test_unknown_and_missing_fields():
     assert refused([]).field is None
 
 
+def test_one_is_said_as_one():
+    policy = {"version": "1.0", "policyVersion": 1, "keys": [], "trustPolicies": []}
+    for document, words in ((policy, "at least 1 item"), (policy | {"keys": [{}] * 65}, "at most 64 items")):
+        with pytest.raises(PolicyError) as caught:
+            validate("policy", document, file=None, error=PolicyError)
+        assert caught.value.message == f"must have {words}"
+
+
 def test_error_class_hint_and_short_message():
     error = refused(GOOD | {"id": "X" * 100}, PolicyError)
     assert "reversed domain name" in error.hint

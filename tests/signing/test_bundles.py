@@ -176,6 +176,23 @@ def test_refusals(document, edit, error):
         read(broken)
 
 
+@pytest.mark.parametrize("certificates", [(LEAF.der, b"\x30\0"), (b"\x30\0", b"\x30\0"), (LEAF.der, b"0")])
+def test_a_malformed_certificate_names_its_file(document, certificates):
+    """The last one is parsed to see whether it is a root."""
+    document["verificationMaterial"] = {"x509CertificateChain": chain(*certificates)}
+    with pytest.raises(BadSignatureError, match="malformed") as caught:
+        read_signed(json.dumps(document).encode(), file="x.json")
+    assert (caught.value.file, caught.value.field) == ("x.json", "certificate")
+    document["verificationMaterial"] = {"certificate": {"rawBytes": text(b"\x30\0")}}
+    brought = read_signed(json.dumps(document).encode(), file="x.json")
+    with pytest.raises(BadSignatureError, match="malformed") as caught:
+        with_intermediates(brought, [INTER.der], file="x.json")
+    assert caught.value.file == "x.json"
+    with pytest.raises(BadSignatureError, match=r"signature 0: .*malformed") as caught:
+        signer_of(brought.envelope, 0, Vouchers(roots=(ROOT.der,)), now=ca.NOW, file="x.json")
+    assert caught.value.file == "x.json"
+
+
 @pytest.mark.parametrize("data", [b"", b"[]", b"null", b"{}", b'"x"', b"\xff", b"{" * 99, b" " * (MAX_BUNDLE + 1)])
 def test_what_is_no_json_object(data):
     with pytest.raises(BadSignatureError) as caught:

@@ -7,13 +7,20 @@ from hypothesis import strategies as st
 from vmgraft.errors import GraftFormatError, PolicyError, VmgraftError
 from vmgraft.schemas import load_schema
 from vmgraft.signing.capabilities import (
+    CORE_IRQS,
     FLAGS,
     GPA_LIMIT,
+    MAX_IRQ,
+    SERVICES,
+    SUPPLEMENTS,
     Flag,
     GuestWindow,
     HypercallRange,
+    IrqLine,
     MmioRange,
     PioRange,
+    ServiceClaim,
+    Supplement,
     covered,
     covers,
     first_overlap,
@@ -31,15 +38,21 @@ def windows(low, high):
     return ordered(low, high).filter(lambda pair: pair[0] < pair[1]).map(lambda pair: (pair[0], pair[1] - pair[0]))
 
 
-SMALL = st.one_of(
+NAMED = st.one_of(
     st.sampled_from(FLAGS).map(Flag),
+    st.sampled_from(sorted(set(range(MAX_IRQ + 1)) - set(CORE_IRQS))).map(IrqLine),
+    st.builds(ServiceClaim, st.sampled_from(SERVICES), st.booleans()),
+    st.sampled_from(SUPPLEMENTS).map(Supplement),
+)
+SMALL = st.one_of(
+    NAMED,
     ordered(0, 40).map(lambda p: PioRange(*p)),
     ordered(1, 40).map(lambda p: HypercallRange(*p)),
     windows(0, 40).map(lambda p: MmioRange(*p)),
     st.tuples(windows(0, 40), st.booleans()).map(lambda p: GuestWindow(*p[0], p[1])),
 )
 ANY = st.one_of(
-    st.sampled_from(FLAGS).map(Flag),
+    NAMED,
     ordered(0, 0xFFFF).map(lambda p: PioRange(*p)),
     ordered(1, 2**31 - 1).map(lambda p: HypercallRange(*p)),
     windows(0, GPA_LIMIT).map(lambda p: MmioRange(*p)),
@@ -59,6 +72,13 @@ ANY = st.one_of(
         ("hypercall:1-2147483647", HypercallRange(1, 2**31 - 1)),
         ("guest:0x10000+0x1000:rw", GuestWindow(0x10000, 0x1000, True)),
         ("guest:0x10000+0x1000:r", GuestWindow(0x10000, 0x1000, False)),
+        ("kv", Flag("kv")),
+        ("metric", Flag("metric")),
+        ("irq:3", IrqLine(3)),
+        ("irq:15", IrqLine(15)),
+        ("service:rtc", ServiceClaim("rtc")),
+        ("service:hypercall:chain", ServiceClaim("hypercall", chain=True)),
+        ("supplement:iso", Supplement("iso")),
     ],
 )
 def test_parse_and_format(text, capability):
@@ -72,7 +92,19 @@ def test_parse_and_format(text, capability):
         "",
         "log ",
         "Log",
+        "irq:0",
         "irq:1",
+        "irq:2",
+        "irq:4",
+        "irq:16",
+        "irq:05",
+        "irq:5-6",
+        "service:",
+        "service:bios",
+        "service:rtc:last",
+        "service:rtc:chain:chain",
+        "supplement:zip",
+        "supplement:iso:r",
         "pio:0x510",
         "pio:510-517",
         "pio:0x517-0x510",
@@ -124,6 +156,10 @@ def cells(capability):
             return {("hypercall", n) for n in range(first, last + 1)}
         case MmioRange(gpa, size) | GuestWindow(gpa, size, _):
             return {("gpa", n) for n in range(gpa, gpa + size)}
+        case IrqLine(line):
+            return {("irq", line)}
+        case ServiceClaim(name, False):
+            return {("service", name)}
     return set()
 
 
@@ -134,8 +170,10 @@ def shared(capability):
 @given(SMALL, SMALL)
 def test_covers_means_subset(grant, claim):
     expected = type(grant) is type(claim) and cells(claim) <= cells(grant)
-    if isinstance(grant, Flag):
+    if isinstance(grant, Flag | Supplement):
         expected = grant == claim
+    if isinstance(grant, ServiceClaim) and isinstance(claim, ServiceClaim):
+        expected = grant.name == claim.name and (claim.chain or not grant.chain)
     if expected and isinstance(claim, GuestWindow):
         expected = grant.writable or not claim.writable
     assert covers(grant, claim) is expected
@@ -175,7 +213,33 @@ def test_grants_are_never_joined():
         ("hypercall:16-31", "hypercall:16-16", True),
         ("log", "now", False),
         ("now", "now", True),
+        ("irq:5", "irq:5", True),
+        ("irq:5", "irq:7", False),
+        ("service:rtc", "service:rtc", True),
+        ("service:rtc", "service:rtc:chain", True),
+        ("service:rtc:chain", "service:rtc", False),
+        ("service:rtc:chain", "service:time:chain", False),
+        ("supplement:iso", "supplement:iso", True),
+        ("supplement:iso", "supplement:blocks", False),
     ],
 )
 def test_what_a_grant_covers(grant, claim, expected):
     assert covers(parse_capability(grant), parse_capability(claim)) is expected
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "clash"),
+    [
+        ("service:rtc", "service:rtc", True),
+        ("service:rtc", "service:rtc:chain", False),
+        ("service:rtc:chain", "service:rtc:chain", False),
+        ("service:rtc", "service:time", False),
+        ("irq:5", "irq:5", True),
+        ("irq:5", "irq:7", False),
+        ("supplement:iso", "supplement:iso", False),
+        ("kv", "kv", False),
+    ],
+)
+def test_who_gets_in_whose_way(one, other, clash):
+    claims = [parse_capability(one), parse_capability("log"), parse_capability(other)]
+    assert first_overlap(claims) == ((0, 2) if clash else None)

@@ -198,7 +198,7 @@ def test_hostile_sets_of_certificates_are_given_up_on_soon() -> None:
     ring = {name: ca.issue(name, ca=True) for name in "ABC"}
     between = [ca.issue(a, ring[b], ca=True, key=ring[a].key) for a, b in ("AB", "BC", "CA") for _ in range(2)]
     with pytest.raises(UntrustedSignerError, match="Exceeded maximum"):
-        judge(ca.issue("Release", ring["A"]), *between)
+        judge(ca.issue("Release", ring["A"]), *between, trust=authority(root=ca.issue("A", ca=True)))
 
 
 def test_expiry_is_announced() -> None:

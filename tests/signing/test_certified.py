@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import json
 from datetime import timedelta
+from pathlib import Path
 
 import pytest
 from cryptography import x509
@@ -14,15 +15,19 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.utils import decode_dss_signature
 from cryptography.hazmat.primitives.serialization import Encoding
 from signing_ca import CODE_SIGNING, NOW, crl, issue, subject
+from verdict_stamps import Stamps
 
+from vmgraft.cli.views import show_report
 from vmgraft.errors import PolicyError
 from vmgraft.signing.contract import Status
 from vmgraft.signing.dsse import Envelope, Signature, pae, parse_envelope, serialise
+from vmgraft.signing.judge import judge_signatures
 from vmgraft.signing.keys import PrivateKey, public_from_key
 from vmgraft.signing.material import KIND, Material, pack_material
 from vmgraft.signing.policy import parse_policy
 from vmgraft.signing.policytools import format_policy
 from vmgraft.signing.report import report_document
+from vmgraft.signing.standing import take_stand
 
 IDENTITY = "x509.subject: C=US, O=Acme, CN=Release"
 
@@ -101,7 +106,7 @@ def test_a_certified_signature_counts_for_its_authority(world):
 
     document = {"ok": True, "exitCode": 0, "image": "x", **report_document(report)}
     validate("report", json.loads(json.dumps(document)), file=None, error=VmgraftError)
-    assert document["certified"][0]["subject"] == "CN=Release,O=Acme,C=US"
+    assert document["certified"][0]["subject"] == "CN=Release,O=Acme,C=US" and document["signerNames"] == {}
 
 
 @pytest.mark.parametrize("keyid", ["", None])
@@ -281,7 +286,8 @@ def tsa(monkeypatch):
         assert authorities and signature
         if token == b"bad":
             raise BadSignatureError("the token is broken")
-        return types.SimpleNamespace(time=NOW + timedelta(days=int(token)), warnings=("a development one",))
+        when = NOW + timedelta(days=int(token))
+        return types.SimpleNamespace(time=when, authority=authorities[0][0], warnings=("a development one",))
 
     fake = types.ModuleType("timestamps")
     fake.TimestampAuthority = lambda name, roots: (name, roots)
@@ -302,7 +308,7 @@ def tsa(monkeypatch):
         ((b"5",), "expired", "from the future"),
     ],
 )
-def test_signature_outlives_its_certificate_by_a_timestamp(world, short, tsa, tokens, error, part):
+def test_signature_outlives_its_certificate_by_a_timestamp(world, short, tsa, capsys, tokens, error, part):
     clock = {"name": "clock", "type": "tsa", "certificates": world.other_root.pem.decode()}
     entry = {"trustStores": ["ca:acme", "tsa:clock"]}
     policy = world.policy(stores=[stores(world)[0], clock], entry=entry)
@@ -311,11 +317,61 @@ def test_signature_outlives_its_certificate_by_a_timestamp(world, short, tsa, to
     assert report.error == error
     assert part is None or any(part in warning for warning in report.warnings)
     if error is None:
-        assert report.certified[0].timestamp == "2026-11-17T15:00:00Z"
+        (signer,) = report.certified
+        assert (signer.timestamp, signer.timestamp_authority) == ("2026-11-17T15:00:00Z", "clock")
+        show_report(report, Path("disk.img"))
+        said = "CN=Release,O=Acme,C=US, certified by ca:acme, timestamped 2026-11-17T15:00:00Z by tsa:clock\n"
+        assert f"      signer        {signer.keyid}, {said}" in capsys.readouterr().out
         assert report.warnings.count("a development one") == 1
     without = world.policy(stores=[stores(world)[0], clock])
     report = world.sim.verify(evidence, without)
     assert report.error == "expired" and any("names no timestamp authority" in text for text in report.warnings)
+
+
+def test_a_token_beside_another_signature_says_nothing_of_it(world, tmp_path):
+    """A genuine timestamp, copied beside another signature of the same envelope, counts where it belongs alone.
+
+    Wherever it stands first: what was found out about it there is not the answer here.
+    """
+    stamps = Stamps(tmp_path)
+    leaves = [issue("Release", world.middle, days=(-100, -5)) for _ in "ab"]
+    envelope = parse_envelope(world.graft(*((leaf, {}) for leaf in leaves)).stored[0])
+    sigs = [signature.sig for signature in envelope.signatures]
+    for mine, theirs in ((0, 1), (1, 0)):
+        token = stamps(sigs[mine], NOW - timedelta(days=7), "tsa")
+        chains = (Material((leaf.der, world.middle.der), (token,)) for leaf in leaves)
+        signatures = tuple(Signature("", sig, pack_material(chain)) for sig, chain in zip(sigs, chains, strict=True))
+        pem = x509.load_der_x509_certificate(stamps.root("tsa")).public_bytes(Encoding.PEM).decode()
+        clock = {"name": "clock", "type": "tsa", "certificates": pem}
+        policy = world.policy(stores=[stores(world)[0], clock], entry={"trustStores": ["ca:acme", "tsa:clock"]})
+        found = judge_signatures(Envelope(envelope.payload, signatures), [], policy.authorities, NOW)
+        standing = take_stand(found, policy, policy.trust_policies[0], NOW)
+        assert [vouch.key for vouch in standing.expired] == [private(leaves[theirs]).public]
+        assert {vouch.key for vouch in standing.signed} == {private(leaf).public for leaf in leaves}
+        (note,) = standing.notes
+        assert f"the timestamp of signature {theirs} does not count" in note and "over other bytes" in note
+
+
+def test_other_timestamp_authorities_are_another_question(world, tmp_path):
+    """What one trust policy's authorities say of a token is not what those of another one say."""
+    stamps = Stamps(tmp_path)
+    leaf = issue("Release", world.middle, days=(-100, -5))
+    (signature,) = parse_envelope(world.graft((leaf, {})).stored[0]).signatures
+    token = stamps(signature.sig, NOW - timedelta(days=7), "tsa")
+    tsas = [
+        {"name": name, "type": "tsa", "certificates": x509.load_der_x509_certificate(stamps.root(name)).public_bytes(
+            Encoding.PEM).decode()} for name in ("tsa", "fake")
+    ]  # fmt: skip
+    document = world.document(stores=[stores(world)[0], *tsas], entry={"trustStores": ["ca:acme", "tsa:fake"]})
+    document["trustPolicies"].append(document["trustPolicies"][0] | {
+        "name": "second", "imageScopes": ["name:x"], "trustStores": ["ca:acme", "tsa:tsa"],
+    })  # fmt: skip
+    policy = parse_policy(format_policy(document))
+    payload = parse_envelope(world.graft((leaf, {})).stored[0]).payload
+    signature = Signature("", signature.sig, pack_material(Material((leaf.der, world.middle.der), (token,))))
+    found = judge_signatures(Envelope(payload, (signature,)), [], policy.authorities, NOW)
+    worth = [take_stand(found, policy, entry, NOW) for entry in policy.trust_policies]
+    assert [bool(standing.expired) for standing in worth] == [True, False]
 
 
 def test_timestamp_does_not_undo_a_revocation(world, short, tsa):
@@ -389,7 +445,7 @@ T = "trustPolicies[0]"
         (
             {"signatures": {"anyOf": {"minimumMatches": 2, "of": ["ca:acme"]}}},
             f"{T}.signatures.anyOf.minimumMatches",
-            "2 of 1",
+            "2 must sign, of 1",
         ),
     ],
 )

@@ -104,7 +104,8 @@ def test_example_of_each_field_is_accepted(sim, heading, field, example):
         example = example.replace(f'"-----BEGIN {label}-----…"', json.dumps(pem.decode()))
     (text,) = json_blocks("policy.md")
     document = json.loads(text)
-    document["keys"] = [{"name": "acme", "pem": texts["PUBLIC KEY"].decode()}]
+    audit = sim.keys["second"].public.pem.decode()
+    document["keys"] = [{"name": "acme", "pem": texts["PUBLIC KEY"].decode()}, {"name": "audit", "pem": audit}]
     document["revocations"] = {}
     document["trustPolicies"] = document["trustPolicies"][:1]
     document["trustPolicies"][0]["signatures"] = {"allOf": ["key:acme"]}

@@ -1,4 +1,7 @@
-"""Envelopes that are made to be costly: what their certificates may cost in all, whatever the number of stores."""
+"""Envelopes that are made to be costly: what their certificates may cost in all, whatever the number of stores.
+
+And what a costly signature takes from the others: nothing.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ from openssl_tsa import Tsa, tsa_leaf
 from vmgraft.errors import UntrustedSignerError
 from vmgraft.signing import paths
 from vmgraft.signing.dsse import MAX_SIGNATURES, PAYLOAD_TYPE, Envelope, Signature, pae
-from vmgraft.signing.effort import MAX_STEPS, SPENT, Effort
+from vmgraft.signing.effort import MAX_STEPS, SPENT, Budget, Effort
 from vmgraft.signing.judge import judge_signatures
 from vmgraft.signing.keys import public_from_key
 from vmgraft.signing.material import Material, pack_material
@@ -37,9 +40,9 @@ def calls(monkeypatch):
         made["validations"] += 1
         return builder()
 
-    def stepped(self):
-        allowed = step(self)
-        made["candidates"] += allowed
+    def stepped(self, cost=1):
+        allowed = step(self, cost)
+        made["candidates"] += allowed * cost
         return allowed
 
     monkeypatch.setattr(paths.verification, "PolicyBuilder", build)
@@ -66,11 +69,69 @@ def test_a_maze_beside_each_signature(calls, count):
     between = maze(middle, 7)
     leaves = [ca.issue(f"Leaf{n}", middle, days=(-50, 500)) for n in range(MAX_SIGNATURES)]
     envelope = Envelope(b"{}", tuple(signed(leaf, between) for leaf in leaves))
-    trusted = stores(count, ca.issue("Root", ca=True))
+    trusted = stores(count, ca.issue("Mid", ca=True))  # of the same name, so that there may be a path
     found = judge_signatures(envelope, [], trusted, ca.NOW)
-    assert not found.certified and len(found.unknown) == MAX_SIGNATURES and found.effort.spent
-    assert "Exceeded maximum" in found.unknown[0] and SPENT in found.unknown[-1]
-    assert calls["validations"] == 1 and calls["candidates"] <= MAX_STEPS
+    assert not found.certified and len(found.unknown) == MAX_SIGNATURES
+    assert all("Exceeded maximum" in text for text in found.unknown)
+    assert calls["validations"] == MAX_SIGNATURES and calls["candidates"] == found.budget.steps <= MAX_STEPS
+
+
+def test_what_has_nothing_to_do_with_a_store_costs_nothing(calls):
+    middle = ca.issue("Mid", ca=True, days=(-100, 1000))
+    leaf = ca.issue("Leaf", middle, days=(-50, 500))
+    envelope = Envelope(b"{}", (signed(leaf, maze(middle, 7)),))
+    found = judge_signatures(envelope, [], stores(32, ca.issue("Root", ca=True)), ca.NOW)
+    assert "no root of it has the name of an issuer" in found.unknown[0] and found.budget.steps == 0
+    assert calls == {"validations": 0, "candidates": 0}
+
+
+@pytest.mark.parametrize("place", [0, 7, MAX_SIGNATURES - 1])
+def test_mazes_take_nothing_from_a_good_chain(calls, place):
+    """Wherever the good one stands among them, and though it has two intermediates under thirty-two stores."""
+    middle, root = ca.issue("Mid", ca=True, days=(-100, 1000)), ca.issue("Root", ca=True)
+    inter = ca.issue("Inter", root, ca=True)
+    below = ca.issue("Below", inter, ca=True)
+    good = ca.issue("Leaf", below)
+    bad = [ca.issue(f"Leaf{n}", middle, days=(-50, 500)) for n in range(MAX_SIGNATURES - 1)]
+    signatures = [signed(leaf, maze(middle, 7)) for leaf in bad]
+    signatures.insert(place, signed(good, [below.der, inter.der]))
+    trusted = stores(32, root, ca.issue("Mid", ca=True))
+    found = judge_signatures(Envelope(b"{}", tuple(signatures)), [], trusted, ca.NOW)
+    assert [(item.index, len(item.paths)) for item in found.certified] == [(place, 32)]
+    assert not found.notes and calls["candidates"] == found.budget.steps <= MAX_STEPS
+
+
+def test_a_maze_behind_the_same_certificate(calls):
+    """The signature copied, its chain made costly: what is said of the copy is not said of the original."""
+    root, middle = ca.issue("Root", ca=True), ca.issue("Mid", ca=True, days=(-100, 1000))
+    leaf = ca.issue("Leaf", middle, days=(-50, 500))
+    cross = ca.issue("Mid", root, ca=True, key=middle.key, days=(-100, 1000))
+    plain = signed(leaf, [cross.der])
+    copy = dataclasses.replace(plain, extension=signed(leaf, maze(middle, 7)).extension)
+    found = judge_signatures(Envelope(b"{}", (copy, plain)), [], stores(2, ca.issue("Mid", ca=True), root), ca.NOW)
+    assert [(item.index, len(item.paths)) for item in found.certified] == [(1, 2)]
+    assert len(found.unknown) == 1 and "Exceeded maximum" in found.unknown[0]
+
+
+def test_an_answer_that_was_too_costly_is_asked_again():
+    budget = Budget(2)
+
+    def answer(effort):
+        if not all(effort.step() for _ in range(wanted)):
+            raise UntrustedSignerError(SPENT)
+        return "good"
+
+    wanted = MAX_STEPS
+    with pytest.raises(UntrustedSignerError, match=SPENT):
+        budget.once(0, "question", answer)
+    wanted = 10
+    with pytest.raises(UntrustedSignerError, match=SPENT):
+        budget.once(0, "question", answer)
+    assert budget.once(1, "question", answer) == budget.once(1, "question", answer) == "good"
+    assert budget.steps == MAX_STEPS // 2 + 10
+    for index in (-1, 2):
+        with pytest.raises(ValueError, match="no such signature"):
+            budget.share(index)
 
 
 def test_mazes_that_are_just_not_too_costly(calls):
@@ -81,8 +142,8 @@ def test_mazes_that_are_just_not_too_costly(calls):
     leaves = [ca.issue(f"Leaf{n}", middle, days=(-50, 500)) for n in range(MAX_SIGNATURES)]
     envelope = Envelope(b"{}", tuple(signed(leaf, between) for leaf in leaves))
     found = judge_signatures(envelope, [], stores(32, root), ca.NOW)
-    assert not found.certified and len(found.unknown) == MAX_SIGNATURES and found.effort.spent
-    assert 1 < calls["validations"] <= MAX_STEPS and calls["candidates"] == MAX_STEPS
+    assert not found.certified and len(found.unknown) == MAX_SIGNATURES and SPENT in found.unknown[-1]
+    assert 1 < calls["validations"] <= MAX_STEPS and calls["candidates"] == found.budget.steps == MAX_STEPS
 
 
 def test_the_costliest_keys_are_not_used():
@@ -101,13 +162,35 @@ def test_the_costliest_keys_are_not_used():
 
 
 def test_the_largest_sensible_envelope_is_judged_whole(calls):
-    root, other = ca.issue("Root", ca=True), ca.issue("Other", ca=True)
+    """Sixteen signatures, two intermediates each, under thirty-two stores with the root and one that was renewed."""
+    root, renewed = ca.issue("Root", ca=True), ca.issue("Root", ca=True)
     inter = ca.issue("Inter", root, ca=True)
-    leaves = [ca.issue(f"Leaf{n}", inter) for n in range(MAX_SIGNATURES)]
-    envelope = Envelope(b"{}", tuple(signed(leaf, [inter.der]) for leaf in leaves))
-    found = judge_signatures(envelope, [], [*stores(31, other), TrustStore("acme", "ca", (root.der,))], ca.NOW)
-    assert len(found.certified) == MAX_SIGNATURES and not found.effort.spent
-    assert calls["validations"] == 32 * MAX_SIGNATURES
+    below = ca.issue("Below", inter, ca=True)
+    leaves = [ca.issue(f"Leaf{n}", below) for n in range(MAX_SIGNATURES)]
+    envelope = Envelope(b"{}", tuple(signed(leaf, [below.der, inter.der]) for leaf in leaves))
+    found = judge_signatures(envelope, [], stores(32, root, renewed), ca.NOW)
+    assert [len(item.paths) for item in found.certified] == [32] * MAX_SIGNATURES and not found.notes
+    assert calls["validations"] == 32 * MAX_SIGNATURES and found.budget.steps <= MAX_STEPS
+
+
+def test_it_is_said_when_not_every_store_was_asked(calls):
+    """A good chain that leads to each of thirty-two stores, at more steps than its share has."""
+    root = ca.issue("Root", ca=True)
+    above = root
+    between = []
+    for number in range(4):
+        above = ca.issue(f"Inter{number}", above, ca=True)
+        between.append(above.der)
+    leaf, known = ca.issue("Leaf", above), ca.issue("Known")
+    plain = [signed(known, [])] * (MAX_SIGNATURES - 1)
+    trusted = stores(32, root)
+    found = judge_signatures(Envelope(b"{}", (signed(leaf, between), *plain)), [], trusted, ca.NOW)
+    (item,) = found.certified
+    assert 1 <= len(item.paths) < 32 and calls["candidates"] <= MAX_STEPS
+    text = f"signature 0: not every trust store was asked about its certificate: {SPENT}"
+    assert found.notes == (text,)
+    alone = judge_signatures(Envelope(b"{}", (signed(leaf, between),)), [], trusted, ca.NOW)
+    assert len(alone.certified[0].paths) == 32 and not alone.notes
 
 
 def test_the_same_chain_is_judged_once(calls):
@@ -123,13 +206,13 @@ def test_a_known_key_counts_beside_a_maze(calls):
     leaf, known = ca.issue("Leaf", middle, days=(-50, 500)), ca.issue("Known")
     envelope = Envelope(b"{}", (signed(leaf, maze(middle, 7)), signed(known, [])))
     key = public_from_key(known.key.public_key())
-    found = judge_signatures(envelope, [key], stores(4, ca.issue("Root", ca=True)), ca.NOW)
-    assert found.believed == {key} and any(SPENT in note for note in found.notes)
+    found = judge_signatures(envelope, [key], stores(4, ca.issue("Mid", ca=True)), ca.NOW)
+    assert found.believed == {key} and len(found.unknown) == 1 and "Exceeded maximum" in found.unknown[0]
 
 
 def test_mazes_in_timestamps(calls, sim, tmp_path):
     """Copies of a genuine chain that has expired, with tokens in which the authority's certificate is in a maze."""
-    root, clock = ca.issue("Root", ca=True), ca.issue("Clock", ca=True)
+    root, clock = ca.issue("Root", ca=True), ca.issue("Mid", ca=True)
     leaf = ca.issue("Leaf", root, days=(-100, -5))
     middle = ca.issue("Mid", ca=True, days=(-4000, 4000))
     hidden = [ca.issue("Mid", middle, ca=True, key=middle.key, days=(-4000 + i, 4000)) for i in range(7)]
@@ -155,10 +238,10 @@ def test_mazes_in_timestamps(calls, sim, tmp_path):
     found = judge_signatures(Envelope(b"{}", tuple(stamped)), [], policy.authorities, ca.NOW)
     before = calls["validations"]
     standing = take_stand(found, policy, policy.trust_policies[0], ca.NOW)
-    assert calls["validations"] == before + 1 and found.effort.spent
+    assert calls["validations"] == before + len(stamped) and found.budget.steps <= MAX_STEPS
     assert standing.signed == set(standing.expired)
     assert sum("does not count" in note for note in standing.notes) == 8
     genuine = [TimestampAuthority("genuine", (middle.der,))]
     token = tsa.reply(make_request(plain[0].sig))
     with pytest.raises(UntrustedSignerError, match=SPENT):
-        examine_timestamp(token, plain[0].sig, genuine, found.effort)
+        examine_timestamp(token, plain[0].sig, genuine, found.budget.share(0))

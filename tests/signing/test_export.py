@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import base64
 import json
+import os
+import re
+import shutil
 import subprocess
+from pathlib import Path
 
 import pytest
 import signing_ca as ca
@@ -64,11 +68,98 @@ def test_openssl_verifies_p384(sim, tmp_path):
 
 
 def test_without_our_script(sim, tmp_path):
-    """The commands a person would type, from the documentation of openssl."""
-    folder = write(export_openssl(envelope_of(sim, "vendor"), publics(sim, "vendor")), tmp_path)
-    command = ["openssl", "dgst", "-sha256", "-verify", "key-1.pem", "-signature", "signature-1.bin", "pae.bin"]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True)
-    assert done.stdout == "Verified OK\n"
+    """The commands of docs/signing.md that a person would type."""
+    text = (Path(__file__).parents[2] / "docs" / "signing.md").read_text()
+    commands = re.findall(r"^openssl pkeyutl .*$", text, re.MULTILINE)
+    assert len(commands) == 2
+    for command, names in zip(commands, (("vendor", "rsa"), ("second",)), strict=True):
+        for name in names:
+            folder = write(export_openssl(envelope_of(sim, name), publics(sim, name)), tmp_path / name)
+            (folder / "vendor.pub").write_bytes(sim.keys[name].public.pem)
+            done = subprocess.run(command.split(), cwd=folder, capture_output=True, text=True, check=True)
+            assert done.stdout == "Signature Verified Successfully\n"
+
+
+#: An openssl from before 3.0, as far as the script can see.
+OLD_OPENSSL = """#!/bin/sh
+case "$*" in
+    "pkeyutl -help") echo "-verify -pubin -inkey -in -sigfile" >&2 ;;
+    *-rawin*) echo "unknown option -rawin" >&2; exit 1 ;;
+    *) exec {openssl} "$@" ;;
+esac
+"""
+
+
+@pytest.mark.parametrize(
+    ("kind", "old"),
+    [("p256", False), ("p384", False), ("rsa3072", False), ("ed25519", False), ("p256", True), ("p384", True),
+     ("rsa3072", True)],
+)  # fmt: skip
+def test_a_signature_is_all_that_there_is(sim, tmp_path, monkeypatch, kind, old):
+    """Nothing may stand behind a signature, or be missing at its end; ``openssl dgst`` would not always notice."""
+    if old:
+        wrapper = tmp_path / "bin" / "openssl"
+        wrapper.parent.mkdir()
+        wrapper.write_text(OLD_OPENSSL.format(openssl=shutil.which("openssl")))
+        wrapper.chmod(0o755)
+        monkeypatch.setenv("PATH", f"{wrapper.parent}:{os.environ['PATH']}")
+    key, envelope = generate(kind), envelope_of(sim, "vendor")
+    sig = key.sign(envelope.pae)
+    while kind.startswith("p") and len(sig) < {"p256": 72, "p384": 104}[kind]:  # the longest: dgst reads no further
+        sig = key.sign(envelope.pae)
+    folder = write(
+        export_openssl(Envelope(envelope.payload, (Signature(key.keyid, sig),)), [key.public]), tmp_path / "x"
+    )
+    assert run(folder).returncode == 0
+    for changed in (sig + b"\0", sig + sig, sig[:-1], sig[:1], b"", b"\0" + sig):
+        (folder / "signature-1.bin").write_bytes(changed)
+        assert run(folder).returncode == 1, changed
+        assert not key.public.verify(envelope.pae, changed)
+
+
+#: An openssl from before 3.5, which knows no ML-DSA: neither in a key nor in a certificate.
+NO_MLDSA = """#!/bin/sh
+case "$*" in
+    "pkey -pubin "*|"x509 "*" -pubkey")
+        {openssl} pkey -pubin -in "$4" -outform DER 2>/dev/null | grep -q . || [ "$1" = x509 ] || exit 1
+        grep -q '^MIIHsjALBglghkgBZQMEAxID' "$4" && exit 1
+        {openssl} x509 -in "$3" -noout -text 2>/dev/null |
+            grep -q -e 'Algorithm: 2.16.840.1.101.3.4.3.18' -e 'Algorithm: ML-DSA-65' && exit 1 ;;
+esac
+exec {openssl} "$@"
+"""
+
+
+@pytest.fixture
+def no_mldsa(tmp_path, monkeypatch):
+    wrapper = tmp_path / "bin" / "openssl"
+    wrapper.parent.mkdir()
+    wrapper.write_text(NO_MLDSA.format(openssl=shutil.which("openssl")))
+    wrapper.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{wrapper.parent}:{os.environ['PATH']}")
+
+
+def test_a_key_that_this_openssl_does_not_know(sim, tmp_path, no_mldsa):
+    """A genuine signature that cannot be checked here is told from one that is not valid."""
+    folder = write(export_openssl(envelope_of(sim, "vendor", "pq"), publics(sim, "vendor", "pq")), tmp_path / "out")
+    done = run(folder)
+    assert done.returncode == 2 and "signature 1: verified with key-1.pem" in done.stdout
+    assert "signature 2: could not be checked here" in done.stderr and "NOT verified" not in done.stderr
+    for name, code in (("vendor", 0), ("pq", 2), ("stranger", 1)):
+        (tmp_path / "key.pub").write_bytes(sim.keys[name].public.pem)
+        assert run(folder, tmp_path / "key.pub").returncode == code, name
+    data = bytearray((folder / "signature-1.bin").read_bytes())
+    data[-1] ^= 1
+    (folder / "signature-1.bin").write_bytes(data)
+    done = run(folder)
+    assert done.returncode == 1 and "could not be checked here" in done.stderr
+    (folder / "key-2.pem").write_bytes(b"-----BEGIN PUBLIC KEY-----\nMIIH\n-----END PUBLIC KEY-----\n")
+    assert "signature 2: NOT verified" in run(folder).stderr
+
+
+def test_only_what_could_not_be_checked_is_left(sim, tmp_path, no_mldsa):
+    folder = write(export_openssl(envelope_of(sim, "pq"), publics(sim, "pq")), tmp_path / "out")
+    assert run(folder).returncode == 2
 
 
 @pytest.mark.parametrize("name", ["statement.json", "pae.bin", "signature-1.bin", "signature-2.bin", "key-1.pem"])
@@ -248,6 +339,12 @@ def test_openssl_verifies_by_certificate(sim, roots, name):
         subprocess.run(["openssl", "ts", "-verify", *data], cwd=folder, capture_output=True, check=False).returncode
         == 0
     )
+
+
+def test_a_certificate_for_a_key_that_this_openssl_does_not_know(sim, roots, no_mldsa):
+    folder = write(export_openssl(certified(sim, "pq", roots / "tsa", stamped=False)), roots / "out")
+    done = run(folder, "--ca", roots / "root.pem")
+    assert done.returncode == 2 and "signature 1: could not be checked here" in done.stderr, done.stderr
 
 
 def test_roots_of_the_machine_are_not_looked_at(sim, roots, monkeypatch):

@@ -61,6 +61,22 @@ def test_a_certificate_under_a_named_root(sim):
     assert "--ca" in caught.value.hint
 
 
+def test_what_a_chain_lacks_is_said_with_its_option(sim):
+    leaf = ca.issue("Release", INTER, days=WIDE)
+    whole = certified(sim, leaf)
+    alone = dataclasses.replace(whole.signatures[0], extension=pack_material(Material((leaf.der,))))
+    with pytest.raises(UntrustedSignerError, match="signature 0: no trusted path") as caught:
+        signer_of(
+            dataclasses.replace(whole, signatures=(alone,)), 0, Vouchers(roots=(ROOT.der,)), now=ca.NOW, file="x.json"
+        )
+    assert caught.value.file == "x.json"
+    assert "--intermediates" in caught.value.hint and "CN=Intermediate" in caught.value.hint
+    namesake = ca.issue("Root", ca=True, days=WIDE)
+    with pytest.raises(UntrustedSignerError) as caught:
+        judge(whole, Vouchers(roots=(namesake.der,)))
+    assert "--ca" in caught.value.hint and "--intermediates" not in caught.value.hint
+
+
 def test_a_certificate_for_something_else(sim):
     server = ca.issue("Server", INTER, days=WIDE, usages=(ca.ExtendedKeyUsageOID.SERVER_AUTH,))
     with pytest.raises(UntrustedSignerError):

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from vmgraft.errors import FileError
 from vmgraft.signing.keys import generate, private_from_pem
-from vmgraft.signing.pkcs8 import MAX_ROUNDS, ROUNDS, costly, encrypt_pkcs8, pbkdf2_rounds
+from vmgraft.signing.pkcs8 import MAX_OLD_ROUNDS, MAX_ROUNDS, ROUNDS, costly, encrypt_pkcs8, pbkdf2_rounds
 
 
 def openssl(*arguments, data):
@@ -107,6 +107,60 @@ def test_a_file_that_would_take_hours():
         with pytest.raises(FileError, match="rounds of PBKDF2") as caught:
             private_from_pem(pem, b"x", file="acme.key")
         assert caught.value.file == "acme.key" and time.monotonic() - begun < 2
+
+
+def old_style(folder, oid, rounds):
+    """An encrypted key of PBES1 or PKCS#12, as anybody can write one."""
+    (folder / "key.cnf").write_text(
+        "asn1=SEQUENCE:key\n[key]\nscheme=SEQUENCE:scheme\nsealed=FORMAT:HEX,OCTETSTRING:" + "00" * 48 + "\n"
+        f"[scheme]\noid=OID:{oid}\nbody=SEQUENCE:body\n[body]\nsalt=FORMAT:HEX,OCTETSTRING:{'00' * 8}\n"
+        f"rounds=INTEGER:{rounds}\n"
+    )
+    openssl("asn1parse", "-genconf", str(folder / "key.cnf"), "-noout", "-out", str(folder / "key.der"), data=b"")
+    return base64.encodebytes((folder / "key.der").read_bytes())
+
+
+PBES1, PKCS12, UNHEARD_OF = "1.2.840.113549.1.5.3", "1.2.840.113549.1.12.1.3", "1.3.6.1.4.1.99999.1"
+HEAD, TAIL = b"-----BEGIN ENCRYPTED PRIVATE KEY-----\n", b"-----END ENCRYPTED PRIVATE KEY-----\n"
+
+
+@pytest.mark.parametrize("oid", [PBES1, PKCS12, UNHEARD_OF])
+@pytest.mark.parametrize("rounds", [MAX_OLD_ROUNDS + 1, 2**31, 2**31 - 1, 1 << 200])
+def test_older_schemes_are_bounded_too(tmp_path, oid, rounds):
+    body = old_style(tmp_path, oid, rounds)
+    key = HEAD + body + TAIL
+    begun = time.monotonic()
+    for pem in (key, b"Bag Attributes: <none>\n" + key, key + key, generate("p256").public.pem + key):
+        with pytest.raises(FileError, match="rounds of PBES1 or PKCS#12") as caught:
+            private_from_pem(pem, b"x", file="acme.key")
+        assert caught.value.file == "acme.key" and "openssl pkcs8 -topk8" in caught.value.hint
+    assert time.monotonic() - begun < 1
+
+
+@pytest.mark.parametrize("rounds", [0, -1])
+def test_a_key_without_rounds(tmp_path, rounds):
+    with pytest.raises(FileError, match="cannot be read"):
+        private_from_pem(HEAD + old_style(tmp_path, PKCS12, rounds) + TAIL, b"x")
+
+
+def test_older_schemes_with_sensible_rounds_are_read():
+    plain = generate("p256").pem(None)
+    for rounds in ("1", "2048", "100000"):
+        sealed = openssl("pkcs8", "-topk8", "-v1", "PBE-SHA1-3DES", "-iter", rounds, "-passout", "pass:x", data=plain)
+        assert costly(sealed) is None and private_from_pem(sealed, b"x").pem(None) == plain
+        assert private_from_pem(b"Bag Attributes: <none>\n" + sealed, b"x").pem(None) == plain
+
+
+@pytest.mark.parametrize(
+    "pem",
+    [
+        HEAD, HEAD + TAIL, HEAD + b"!" + TAIL, HEAD + b"MAA=\n" + TAIL, HEAD + b"MIAwAA==\n" + TAIL,
+        HEAD + b"Proc-Type: 4,ENCRYPTED\n\nMAA=\n" + TAIL, HEAD + HEAD + b"MAA=\n" + TAIL,
+    ],
+)  # fmt: skip
+def test_what_cannot_be_read_is_not_tried(pem):
+    with pytest.raises(FileError, match="how the key is encrypted cannot be read"):
+        private_from_pem(pem, b"x", file="acme.key")
 
 
 @given(st.binary(max_size=120))

@@ -388,6 +388,58 @@ def test_others_may_write_further_up(tmp_path, mode):
     RollbackState(place).close()
 
 
+def test_a_link_in_the_middle_through_a_folder_of_everybodys(tmp_path):
+    """``mine/st`` leads to ``open/L``, that to ``real``; who may write to ``open`` chooses what the host reads."""
+    for name in ("mine", "real", "open"):
+        (tmp_path / name).mkdir(mode=0o700)
+    assert create_state(tmp_path / "real" / "state.db")
+    (tmp_path / "open" / "L").symlink_to(tmp_path / "real")
+    (tmp_path / "mine" / "st").symlink_to("../open/L")
+    for way in ("mine/st", "mine/../open/../mine/st", "open/L", "real/../open/L", "real/../open/../real"):
+        RollbackState(tmp_path / way / "state.db").close()
+    (tmp_path / "open").chmod(0o777)
+    for way in ("mine/st", "mine/../open/../mine/st", "open/L", "real/../open/L", "real/../open/../real"):
+        with pytest.raises(StateError, match="others can write to a folder above") as caught:
+            RollbackState(tmp_path / way / "state.db")
+        assert caught.value.file == str(tmp_path / "open")
+    (tmp_path / "open").chmod(0o1777)
+    RollbackState(tmp_path / "mine" / "st" / "state.db").close()
+
+
+def test_somebody_elses_link_in_the_middle(tmp_path, monkeypatch):
+    """In a folder like ``/tmp``, where only the owner may change it."""
+    for name in ("mine", "real", "open"):
+        (tmp_path / name).mkdir(mode=0o700)
+    assert create_state(tmp_path / "real" / "state.db")
+    (tmp_path / "open").chmod(0o1777)
+    (tmp_path / "open" / "L").symlink_to(tmp_path / "real")
+    (tmp_path / "mine" / "st").symlink_to(tmp_path / "open" / "L")
+    real = statefile._lstat
+
+    def seen(path):
+        found = list(real(path))
+        found[4] = 4711 if path == tmp_path / "open" / "L" else found[4]  # st_uid
+        return os.stat_result(found)
+
+    monkeypatch.setattr(statefile, "_lstat", seen)
+    with pytest.raises(StateError, match="belongs to uid 4711") as caught:
+        RollbackState(tmp_path / "mine" / "st" / "state.db")
+    assert caught.value.file == str(tmp_path / "open" / "L")
+
+
+def test_links_without_end(tmp_path):
+    (tmp_path / "real").mkdir(mode=0o700)
+    assert create_state(tmp_path / "real" / "state.db")
+    (tmp_path / "l0").symlink_to("real")
+    for number in range(1, 41):
+        (tmp_path / f"l{number}").symlink_to(f"l{number - 1}")
+    RollbackState(tmp_path / "l39" / "state.db").close()
+    with pytest.raises(StateError):
+        RollbackState(tmp_path / "l40" / "state.db")
+    with pytest.raises(StateError, match="too many symbolic links"):
+        list(statefile._way(tmp_path / "l40"))
+
+
 def test_somebody_else_owns_a_folder_further_up(tmp_path, monkeypatch):
     place = tmp_path / "theirs" / "mine" / "state.db"
     assert create_state(place)

@@ -14,12 +14,17 @@ from datetime import timedelta
 from pathlib import Path
 
 import pytest
+import signing_ca as ca
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vmgraft.errors import BadSignatureError, UsageError
+from vmgraft.errors import BadSignatureError, PolicyError, UsageError
 from vmgraft.signing.dsse import Envelope, Signature, pae, parse_envelope, serialise
 from vmgraft.signing.export import export_bundle
+from vmgraft.signing.keys import PrivateKey, public_from_key
+from vmgraft.signing.material import KIND, Material, pack_material
+from vmgraft.signing.policy import parse_policy
+from vmgraft.signing.policytools import format_policy
 from vmgraft.signing.relying import verify_by_summary
 from vmgraft.signing.vsa import (
     SUMMARY_TYPE,
@@ -361,6 +366,156 @@ def test_the_rule_that_the_auditor_used_is_the_one_that_applies_here(sim):
     data = sign_summary(made, sim.keys["second"])
     assert rely(sim, data, evidence, policy, image_name="test-disk.img").ok
     assert failed(rely(sim, data, evidence, policy)) == ("authenticity", "untrusted-signer")
+
+
+LOGS_WHO = {"signatures": {"allOf": ["key:third"]}}
+
+
+@pytest.mark.parametrize(
+    ("verification", "level", "ok"),
+    [
+        ({"level": "strict", "override": {"authenticity": "log"}}, "VMGRAFT_AUDIT", False),
+        ({"level": "permissive", "override": {"authenticity": "log"}}, "VMGRAFT_AUDIT", False),
+        ({"level": "audit"}, "VMGRAFT_AUDIT", True),
+    ],
+)
+def test_a_failure_that_was_only_logged_lowers_the_level(sim, verification, level, ok):
+    policy = sim.policy("vendor", "third", entry=LOGS_WHO | {"signatureVerification": verification})
+    evidence = sim.graft()
+    assert sim.verify(evidence, policy).ok
+    made = document(sim, evidence, policy)
+    assert made["predicate"]["verifiedLevels"] == [level]
+    report = rely(sim, signed(sim, made), evidence, policy)
+    if not ok:
+        assert failed(report) == ("signature", "untrusted-signer") and "demands VMGRAFT_" in report.checks[2].detail
+        return
+    assert report.ok and report.checks[7].status.value == "warn", "nobody said that the rule holds"
+    assert any("what that level only logs may have failed there" in text for text in report.warnings)
+
+
+@pytest.mark.parametrize(
+    ("verification", "grants", "level"),
+    [
+        ({"level": "strict", "override": {"capabilities": "log", "authenticity": "log"}}, True, "VMGRAFT_STRICT"),
+        ({"level": "strict", "override": {"capabilities": "log"}}, False, "VMGRAFT_PERMISSIVE"),
+        ({"level": "permissive"}, True, "VMGRAFT_PERMISSIVE"),
+        ({"level": "permissive"}, False, "VMGRAFT_PERMISSIVE"),
+        ({"level": "audit", "override": dict.fromkeys(["authenticity", "required"], "enforce")}, True, "VMGRAFT_AUDIT"),
+    ],
+)
+def test_the_level_is_the_policys_or_a_weaker_one(sim, verification, grants, level):
+    entry = {"signatureVerification": verification} | ({} if grants else {"grants": {}})
+    policy, evidence = sim.policy(entry=entry), sim.graft()
+    made = document(sim, evidence, policy)
+    assert made["predicate"]["verifiedLevels"] == [level]
+    report = rely(sim, signed(sim, made), evidence, policy)
+    assert report.ok is (level == f"VMGRAFT_{verification['level'].upper()}")
+    if report.ok:
+        assert report.checks[7].status.value == "pass"
+    raised = copy.deepcopy(made)
+    raised["predicate"]["verifiedLevels"] = ["VMGRAFT_AUDIT" if level == "VMGRAFT_STRICT" else "VMGRAFT_STRICT"]
+    if verification["level"] != "strict" or level == "VMGRAFT_STRICT":
+        assert not rely(sim, signed(sim, raised), evidence, policy).ok
+
+
+def test_who_signs_images_is_no_auditor(sim):
+    """One of two who must sign would otherwise stand in for both."""
+    both = sim.policy("vendor", "second")
+    evidence = sim.graft(signers=("vendor", "second"))
+    data = signed(sim, document(sim, evidence, both))
+    report = rely(sim, data, evidence, both)
+    assert failed(report) == ("signature", "untrusted-signer") and "may sign images itself" in report.checks[2].detail
+    with pytest.raises(PolicyError, match=r"'key:second' is an auditor, and also signs images") as caught:
+        sim.policy("vendor", "second", top={"auditors": ["key:second"]})
+    assert caught.value.field == "auditors[0]" and "trustPolicies[0].signatures" in caught.value.message
+    keyid = f"key:{sim.keys['second'].keyid}"
+    with pytest.raises(PolicyError, match="also signs images"):
+        sim.policy("vendor", "second", top={"auditors": [keyid]})
+
+
+def test_an_auditor_who_signs_under_another_trust_policy(sim):
+    """Which one applies does not matter: the one who signs any images of this policy file is no auditor in it."""
+    made = sim.policy_document("vendor", "second")
+    first = made["trustPolicies"][0] | {"signatures": {"allOf": ["key:vendor"]}}
+    other = first | {"name": "other", "imageScopes": ["name:zzz"], "signatures": {"allOf": ["key:second"]}}
+    for entries in ([first, other], [other, first]):
+        policy = parse_policy(format_policy(made | {"trustPolicies": entries}))
+        evidence = sim.graft()
+        report = rely(sim, signed(sim, document(sim, evidence, policy)), evidence, policy)
+        assert failed(report) == ("signature", "untrusted-signer")
+        assert "may sign images itself, under the trust policy other" in report.checks[2].detail
+
+
+@pytest.fixture(scope="module")
+def certified(sim):
+    """An authority that the rule names, and that also certifies the auditor's key."""
+    root = ca.issue("Root", ca=True)
+    leaf = ca.issue("Auditor", root)
+    sim.keys["leaf"] = PrivateKey(public_from_key(leaf.key.public_key()), leaf.key)
+    made = sim.policy_document("vendor")
+    made["trustStores"] = [{"name": "acme", "type": "ca", "certificates": root.pem.decode()}]
+    made["trustPolicies"][0] |= {
+        "trustStores": ["ca:acme"], "trustedIdentities": ["*"], "signatures": {"allOf": ["key:vendor", "ca:acme"]},
+    }  # fmt: skip
+    yield leaf, parse_policy(format_policy(made))
+    del sim.keys["leaf"]
+
+
+def also_signed(sim, *extra):
+    """The vendor's graft, with more signatures: (keyid, signature of the message, certificates)."""
+    evidence = sim.graft()
+    envelope = parse_envelope(evidence.stored[0])
+    more = [Signature(keyid, sign(envelope.pae), pack_material(Material(chain))) for keyid, sign, chain in extra]
+    evidence.stored = [serialise(Envelope(envelope.payload, (*envelope.signatures, *more)))]
+    return evidence
+
+
+@pytest.mark.parametrize("named", ["leaf", ""])
+def test_an_auditor_who_has_signed_the_image_by_certificate(sim, certified, named):
+    """The rule asks for two; the one whom the authority certifies would stand for both."""
+    leaf, policy = certified
+    keyid = sim.keys[named].keyid if named else ""
+    evidence = also_signed(sim, (keyid, sim.keys["leaf"].sign, (leaf.der,)))
+    data = signed(sim, document(sim, evidence, policy), "leaf")
+    report = rely(sim, data, evidence, policy, auditors=("leaf",))
+    assert failed(report) == ("signature", "untrusted-signer")
+    assert "signs images itself: signature 1 is by it" in report.checks[2].detail and not report.extensions
+    independent = signed(sim, document(sim, evidence, policy), "third")
+    assert rely(sim, independent, evidence, policy, auditors=("third",)).ok
+
+
+def test_an_auditor_of_whose_certificate_the_image_speaks(sim, certified):
+    """Not even a signature by it is needed, nor one that is valid, nor a chain that leads anywhere."""
+    leaf, policy = certified
+    good = also_signed(sim, ("", sim.keys["leaf"].sign, (leaf.der,)))
+    data = signed(sim, document(sim, good, policy), "leaf")
+    other = ca.issue("Other")
+    for chain in ((leaf.der,), (b"junk", leaf.der), (other.der, leaf.der)):
+        evidence = also_signed(sim, ("", lambda _message: b"x" * 70, chain))
+        report = rely(sim, data, evidence, policy, auditors=("leaf",))
+        assert failed(report) == ("signature", "untrusted-signer")
+        assert "signs images itself: a certificate for it is beside signature 1" in report.checks[2].detail
+
+
+def test_a_bare_signature_by_the_auditor(sim):
+    """By a key that the policy does not know, and under a keyid that is not its own."""
+    policy = sim.policy()
+    evidence = also_signed(sim, ("SHA256:else", sim.keys["second"].sign, ()))
+    report = rely(sim, signed(sim, document(sim, evidence, policy)), evidence, policy)
+    assert failed(report) == ("signature", "untrusted-signer") and "signature 1 is by it" in report.checks[2].detail
+    with_policy = with_auditors(sim, "second")
+    report = rely(sim, signed(sim, document(sim, evidence, with_policy)), evidence, with_policy, auditors=())
+    assert failed(report) == ("signature", "untrusted-signer")
+
+
+def test_what_is_odd_beside_other_signatures_is_nothing_to_the_auditor(sim):
+    policy = sim.policy()
+    evidence = also_signed(sim, ("", lambda _message: b"x" * 70, (b"junk",)))
+    envelope = parse_envelope(evidence.stored[0])
+    alien = Signature("", b"y", {"kind": "something else"})
+    broken = Signature("", b"z", {"kind": KIND, "ext": 5})
+    evidence.stored = [serialise(Envelope(envelope.payload, (*envelope.signatures, alien, broken)))]
+    assert rely(sim, signed(sim, document(sim, evidence, policy)), evidence, policy).ok
 
 
 def test_the_signature_is_over_the_dsse_encoding(sim):

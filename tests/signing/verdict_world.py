@@ -68,7 +68,10 @@ def entities() -> dict[str, ca.Entity]:
     dev = ca.issue("Try", ca=True, organisation="DEVELOPMENT ONLY (vmgraft dev-ca)", days=(-2000, 4000))
     mail = (x509.RFC822Name("release@acme.example"), x509.UniformResourceIdentifier("https://acme.example/release"))
     leaf = ca.issue("Release", inter, names=mail, days=(-100, 1500))
-    return {
+    maze = {
+        f"maze-{n}": ca.issue("Root", impostor, ca=True, key=impostor.key, days=(-2000 + n, 4000)) for n in range(7)
+    }
+    return maze | {
         "root": root, "inter": inter, "deep": deep, "other": other, "impostor": impostor, "past": past,
         "narrow": narrow, "dev": dev, "leaf": leaf,
         "leaf-again": ca.issue("Release", inter, names=mail, key=leaf.key, days=(-50, 1500)),
@@ -143,6 +146,7 @@ class World:
         self.evidence_type = evidence_type
         self.folder = folder
         self.stamp = stamp
+        self.made: dict[str, bytes] = {}
 
     def judge(self, row: Mapping[str, Any]) -> Verdict:
         """Return what the verifier says about a row."""
@@ -219,11 +223,16 @@ class World:
         return evidence, names
 
     def signature(self, statement: bytes, words: str | Mapping[str, Any]) -> Signature:
-        """Sign: the name of a key, or ``by``, ``keyid`` (a text, or ``of:NAME``), ``over``, ``chain``, ``stamps``."""
+        """Sign: the name of a key, or ``by``, ``keyid`` (a text, or ``of:NAME``), ``over``, ``chain``, ``stamps``.
+
+        With ``copy``, it is the very signature that this key has made before; ``behind`` is hex that follows it.
+        """
         words = {"by": words} if isinstance(words, str) else words
         key = self.key(words["by"])
         message = pae("application/vnd.in-toto+json", words["over"].encode() if "over" in words else statement)
-        sig, keyid = key.sign(message), words.get("keyid", key.keyid)
+        sig, keyid = self.made[words["by"]] if words.get("copy") else key.sign(message), words.get("keyid", key.keyid)
+        self.made[words["by"]] = sig
+        sig += bytes.fromhex(words.get("behind", ""))
         if keyid.startswith("of:"):
             keyid = self.key(keyid[3:]).keyid
         chain = tuple(entities()[name].der for name in words.get("chain", ()))

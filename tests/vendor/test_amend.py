@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 from datetime import UTC, datetime, timedelta
 
 import pytest
@@ -150,7 +151,11 @@ def test_append_compares_the_payloads(raw, acme, other, vouch):
     swapped = dataclasses.replace(package("a"), module=package("a").module + b"\0")
     with_envelope(raw, parse_envelope(seal.sign(statement, [acme])), [swapped])
     who = {"vouch_for_unverified": True} if vouch else {"trust": [acme.public]}
-    refused(raw, PayloadMismatchError, lambda: append_signatures(raw, [other], PLAIN, **who))
+    for call in (lambda: append_signatures(raw, [other], PLAIN, **who), lambda: anew(raw, acme)):
+        error = refused(raw, PayloadMismatchError, call)
+        assert error.field == "payloads" and error.file == str(raw)  # and each is said once
+        assert len(re.findall("payloads?:", str(error))) == str(error).count(str(raw)) == 1
+        assert "no stored payload has this digest" in error.message
 
 
 def test_append_to_an_expired_statement(raw, acme, other):

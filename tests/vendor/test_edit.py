@@ -305,7 +305,7 @@ def test_a_record_that_is_damaged(image, acme, placement):
     refused(
         image,
         GraftFormatError,
-        "not signed again: format",
+        "format: the old graft is not signed again: (?!format)",
         lambda: add_extensions(image, [package("b")], [acme], PLAIN),
     )
 
@@ -354,14 +354,12 @@ def test_a_statement_with_members_of_a_later_release(raw, acme):
     refused(raw, UnsupportedError, "aNewIdea", lambda: add_extensions(raw, [package("b")], [acme], PLAIN))
 
 
-def test_further_files_of_an_extension_come_along(raw, acme):
+def test_files_that_no_statement_names_stay_behind(raw, acme):
     graft_in(raw, acme, "a")
     forged(raw, change=lambda sections: [*sections, Section(SectionKind.FILES, b"data" * 100, compress=True)])
     add_extensions(raw, [package("b")], [acme], PLAIN)
     with open_image(raw) as image:
-        record = open_graft(image).record
-    (found,) = record.of_kind(SectionKind.FILES)
-    assert record.raw(found) == b"data" * 100
+        assert open_graft(image).record.of_kind(SectionKind.FILES) == ()
     assert verifies(raw, acme)
 
 

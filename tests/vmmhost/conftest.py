@@ -80,6 +80,12 @@ def studio(tmp_path: Path) -> Studio:
     return Studio(tmp_path)
 
 
+@pytest.fixture(scope="session")
+def make_studio() -> type[Studio]:
+    """For fixtures that outlive one test."""
+    return Studio
+
+
 @pytest.fixture
 def now() -> Callable[[], datetime]:
     return lambda: datetime.now(UTC)

@@ -215,9 +215,12 @@ def test_a_log_made_anew_is_found_by_its_head_only(log: Path) -> None:
 
 
 def test_the_program_names_what_is_wrong(log: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    empty = log.with_name("empty")
+    empty.touch()
     for arguments, words in (
         ([str(log), "--head", GENESIS], "does not end with the expected hash"),
-        (["/dev/null"], "is empty"),
+        ([str(empty)], "is empty"),
+        (["/dev/null"], "is no regular file"),
     ):
         with pytest.raises(SystemExit) as ended:
             run(["check-log", *arguments, "--json"])

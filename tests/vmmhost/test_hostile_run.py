@@ -122,7 +122,7 @@ def test_a_worker_that_is_killed_at_any_moment(studio, harmless, monkeypatch: py
 
     calls = sum(record["calls"] for record in harmless.audit if record["event"] == "extension-end")
     assert calls >= 2
-    real_call, real_send, state = WorkerLink.call, WorkerLink._send, {"made": 0, "victim": 0}
+    real_call, real_post, state = WorkerLink.call, WorkerLink._post, {"made": 0, "victim": 0}
 
     def kill(link: WorkerLink, moment: str) -> None:
         if moment == when and state["made"] == state["victim"]:
@@ -135,12 +135,12 @@ def test_a_worker_that_is_killed_at_any_moment(studio, harmless, monkeypatch: py
         kill(self, "after")
         return answer
 
-    def send(self: WorkerLink, packet: bytes, phase: str) -> None:
-        real_send(self, packet, phase)
+    def post(self: WorkerLink, packet: bytes) -> None:
+        real_post(self, packet)
         kill(self, "in the midst of")
 
     monkeypatch.setattr(WorkerLink, "call", call)
-    monkeypatch.setattr(WorkerLink, "_send", send)
+    monkeypatch.setattr(WorkerLink, "_post", post)
     studio.graft(studio.wat(ALL_ONES))
     for victim in range(1, calls + 1):
         state.update(made=0, victim=victim)
@@ -188,9 +188,9 @@ def test_imports_that_are_not_granted(studio, imports: str, error: tuple[type[Vm
 
 def test_a_compile_bomb_ends_before_the_guest_starts(studio, monkeypatch: pytest.MonkeyPatch) -> None:
     """Functions just below the size limit with many live locals keep a register allocator busy for a minute."""
-    from vmgraft.vmmhost import launch
+    from vmgraft.vmmhost import session
 
-    monkeypatch.setattr(launch, "ExtensionHost", functools.partial(launch.ExtensionHost, compile_cpu_seconds=1))
+    monkeypatch.setattr(session, "ExtensionHost", functools.partial(session.ExtensionHost, compile_cpu_seconds=1))
     count = 400
     local = [f"(local.get {1 + n})" for n in range(count)]
     steps = "".join(

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from vmgraft.errors import CapabilityError, ContentMismatchError, EngineUnavailableError, FileError
-from vmgraft.vmmhost import launch
+from vmgraft.vmmhost import session
 from vmgraft.vmmhost.core.contract import EndReason
 from vmgraft.vmmhost.launch import Launcher, RunReport
 from vmgraft.vmmhost.layer.zygote import Zygote
@@ -167,13 +167,13 @@ def test_a_refused_image_ends_with_an_error(studio) -> None:
 def test_a_disk_that_changes_under_the_guest(studio, monkeypatch, when: str) -> None:
     studio.boot_code(READ_FAR_SECTOR)
     studio.graft(studio.wat(studio.ONES))
-    real = launch.VerifiedDisk
+    real = session.VerifiedDisk
 
     class Changed(real):
         def __init__(self, reader: Any, _check: Any) -> None:
             super().__init__(reader, lambda index, _block: when == "later" and index == 0)
 
-    monkeypatch.setattr(launch, "VerifiedDisk", Changed)
+    monkeypatch.setattr(session, "VerifiedDisk", Changed)
     if when == "later":
         report = launcher(studio).run()
         assert report.error == "content-mismatch"
@@ -194,7 +194,7 @@ def test_whatever_ends_a_run_stands_in_the_log(studio, monkeypatch, error: BaseE
     def fail(_machine: object) -> None:
         raise error
 
-    monkeypatch.setattr(launch.Machine, "run", fail)
+    monkeypatch.setattr(session.Machine, "run", fail)
     with pytest.raises(type(error)):
         launcher(studio).run()
     records = studio.log()
@@ -296,9 +296,9 @@ def test_many_runs_leak_nothing(studio) -> None:
 def test_a_worker_holds_no_kvm_and_no_disk(studio, monkeypatch, cpu: str) -> None:
     studio.graft(studio.wat(studio.ONES))
     held: list[str] = []
-    real = launch.Machine.run
+    real = session.Machine.run
 
-    def look(machine: launch.Machine) -> Any:
+    def look(machine: session.Machine) -> Any:
         records = map(json.loads, studio.audit_log.read_text().splitlines())
         pid = next(record["pid"] for record in records if record["event"] == "extension-start")
         try:
@@ -309,7 +309,7 @@ def test_a_worker_holds_no_kvm_and_no_disk(studio, monkeypatch, cpu: str) -> Non
         held.extend([*descriptors, maps])
         return real(machine)
 
-    monkeypatch.setattr(launch.Machine, "run", look)
+    monkeypatch.setattr(session.Machine, "run", look)
     launcher(studio, cpu=cpu).run()
     *descriptors, maps = held
     assert [target.partition(":")[0] for target in descriptors] == ["socket"]

@@ -15,13 +15,13 @@ from click.testing import CliRunner
 from vmgraft.cli.app import cli
 from vmgraft.errors import HostError, NotBootableError, RequiredExtensionError
 from vmgraft.signing.contract import Limits, VerifiedExtension
-from vmgraft.vmmhost import launch
+from vmgraft.vmmhost import launch, report, session
 from vmgraft.vmmhost.core.contract import EndReason
 from vmgraft.vmmhost.core.disk import VerifiedDisk
 from vmgraft.vmmhost.core.machine import Machine
 from vmgraft.vmmhost.core.probe import Engine
 from vmgraft.vmmhost.launch import Launcher, core_digest
-from vmgraft.vmmhost.layer import link, spec
+from vmgraft.vmmhost.layer import link, readiness, spec
 from vmgraft.vmmhost.layer.zygote import Zygote
 from vmgraft.vmmhost.plan import RunOptions, to_spec
 
@@ -83,6 +83,7 @@ def test_config_ticks_and_every_hypercall_reach_the_module(studio, cpu: str) -> 
     assert set(logged[1:]) == {"tick"}
 
 
+FLAGS = ["log", "now", "random", "tick", "stop", "kv", "metric"]
 EVERYTHING = VerifiedExtension(
     id="org.example.everything",
     version="2.3.4",
@@ -92,6 +93,7 @@ EVERYTHING = VerifiedExtension(
     capabilities=(
         "log", "now", "random", "tick", "stop", "pio:0x510-0x517", "pio:0x600-0x600", "mmio:0xd0000+0x1000",
         "mmio:0xd2000+0x800", "hypercall:16-17", "hypercall:40-49", "guest:0x10000+0x1000:rw", "guest:0x20000+0x10:r",
+        "kv", "metric", "irq:5", "irq:11", "service:rtc:chain", "service:disk", "service:rtc", "service:console:chain",
     ),
     limits=Limits(memory_mib=3, fuel_per_call=4000, call_ms=50, calls_per_second=600, log_bytes=700),
     on_fault="restart(8)",
@@ -114,26 +116,31 @@ AS_SPEC = spec.ExtensionSpec(
     tick=True,
     stop=True,
     min_isolation=2,
+    kv=True,
+    metric=True,
+    irqs=(5, 11),
+    services=(spec.ServiceUse("rtc"), spec.ServiceUse("console", chain=True), spec.ServiceUse("disk")),
 )
 
 
 @pytest.mark.parametrize("field", [field.name for field in dataclasses.fields(spec.ExtensionSpec)])
 def test_every_field_of_a_verified_extension_is_handed_on(field: str) -> None:
-    made, default = to_spec(EVERYTHING), {"log": False, "now": False, "random": False, "tick": False, "stop": False}
+    made, default = to_spec(EVERYTHING), dict.fromkeys(FLAGS, False)
     assert made is not None
     assert getattr(made, field) == getattr(AS_SPEC, field)
     bare = to_spec(dataclasses.replace(EVERYTHING, capabilities=(), manifest={}, isolation=0))
     assert bare is not None
-    expected = {"config": b"", "pio": (), "mmio": (), "hypercalls": (), "windows": (), "min_isolation": 0, **default}
+    nothing: dict[str, Any] = dict.fromkeys(("pio", "mmio", "hypercalls", "windows", "irqs", "services"), ())
+    expected = {"config": b"", "min_isolation": 0, **nothing, **default}
     assert getattr(bare, field) == expected.get(field, getattr(AS_SPEC, field))
 
 
-@pytest.mark.parametrize("flag", ["log", "now", "random", "tick", "stop"])
+@pytest.mark.parametrize("flag", FLAGS)
 def test_a_capability_opens_nothing_but_itself(flag: str) -> None:
     made = to_spec(dataclasses.replace(EVERYTHING, capabilities=(flag,)))
     assert made is not None
-    assert [name for name in ("log", "now", "random", "tick", "stop") if getattr(made, name)] == [flag]
-    assert not made.pio + made.mmio + made.hypercalls + made.windows
+    assert [name for name in FLAGS if getattr(made, name)] == [flag]
+    assert not made.pio + made.mmio + made.hypercalls + made.windows + made.irqs + made.services
 
 
 def test_without_a_module_there_is_nothing_to_run() -> None:
@@ -153,7 +160,7 @@ def test_the_isolation_that_the_policy_demands(studio, monkeypatch, demanded: in
         return real(message._replace(min_isolation=0))
 
     monkeypatch.setattr(link, "setup", note)
-    monkeypatch.setattr(link, "level_of", lambda _mechanisms: 1)
+    monkeypatch.setattr(readiness, "level_of", lambda _mechanisms: 1)
     if demanded <= 1:
         report = launcher(studio).run()
         assert [item["isolation"] for item in report.extensions] == [1]
@@ -231,7 +238,7 @@ def test_required_extensions_cannot_be_left_out(studio, monkeypatch) -> None:
     document["trustPolicies"][0]["requireExtensions"] = [CULPRIT]
     studio.policy.write_text(json.dumps(document))
     assert launcher(studio).run().error is None
-    monkeypatch.setattr(launch, "Machine", lambda *_a, **_k: pytest.fail("a machine was made"))
+    monkeypatch.setattr(session, "Machine", lambda *_a, **_k: pytest.fail("a machine was made"))
     for attempt in ("plan", "run"):
         with pytest.raises(RequiredExtensionError, match=f"requires {CULPRIT}") as caught:
             getattr(launcher(studio, extensions=False), attempt)()
@@ -272,7 +279,7 @@ def core_copy(tmp_path: Path, monkeypatch) -> Path:
     copy = tmp_path / "copy"
     for folder in ("core", "data"):
         shutil.copytree(CORE / folder, copy / folder, ignore=shutil.ignore_patterns("__pycache__"))
-    monkeypatch.setattr(launch, "resources", types.SimpleNamespace(files=lambda _name: copy))
+    monkeypatch.setattr(report, "resources", types.SimpleNamespace(files=lambda _name: copy))
     return copy
 
 

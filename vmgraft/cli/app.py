@@ -36,6 +36,7 @@ COMMANDS: Final[dict[str, tuple[str, str, str]]] = {
     "move": ("mend", "move", "Take a graft over to another image with the same content."),
     "recover": ("mend", "recover", "Bring back a graft that was lost half-way."),
     "convert": ("convert", "convert", "Write the disk and its graft to an image of another format."),
+    "compose": ("compose", "compose", "Make one read-only volume of the files of several images."),
     "list": ("audit", "list_", "List the extensions in an image (nothing verified)."),
     "inspect": ("audit", "inspect", "Show everything an image carries (nothing verified)."),
     "extract": ("audit", "extract", "Write a part of the graft to a file."),
@@ -45,8 +46,11 @@ COMMANDS: Final[dict[str, tuple[str, str, str]]] = {
     "verify": ("verify", "verify", "Check an image against a trust policy."),
     "export": ("audit", "export", "Write the signatures in forms that other tools verify."),
     "run": ("run", "run", "Verify an image and boot it."),
+    "serve": ("serve", "serve", "Verify an image and export its content over NBD."),
     "state": ("state", "state", "Show and change what this host remembers of earlier runs."),
-    "check-log": ("run", "check_log", "Check the hash chain of an audit log."),
+    "ctl": ("ctl", "ctl", "Ask and change a guest that runs."),
+    "audit-log": ("auditlog", "audit_log", "Check and read audit logs."),
+    "check-log": ("auditlog", "check_log", "Check the hash chain of an audit log."),
 }
 
 

@@ -8,6 +8,7 @@ import click
 
 from vmgraft.cli.output import emit_ok, printable, show_warnings
 from vmgraft.signing.times import format_time
+from vmgraft.words import counted
 
 if TYPE_CHECKING:
     from vmgraft.vendor.amend import Amended
@@ -58,7 +59,8 @@ def report_amended(done: Amended, as_json: bool) -> None:
         click.echo(f"covers     {printable(f'{name} {version}')}")
     for keyid in done.added:
         click.echo(f"signed     {keyid}")
-    click.echo(f"statement  sha256 {done.statement_sha256}, now with {len(done.signatures)} signature(s)")
+    signatures = counted(len(done.signatures), "signature")
+    click.echo(f"statement  sha256 {done.statement_sha256}, now with {signatures}")
 
 
 def report_resigned(done: Resigned, as_json: bool) -> None:

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
-from typing import BinaryIO, Self
+from typing import TYPE_CHECKING, BinaryIO, Self
 
 import click
 
 from vmgraft.cli.files import write_stdout
 from vmgraft.cli.output import interactive, printable
-from vmgraft.errors import FileError
+from vmgraft.errors import FileError, UsageError
+
+if TYPE_CHECKING:
+    from vmgraft.cli.terminal import Terminal
 
 #: Bytes a guest may send to a terminal as they are; the rest is shown as escapes, since it could drive the terminal.
 _HARMLESS = frozenset(range(0x20, 0x7F)) | {0x08, 0x09, 0x0A, 0x0D}
@@ -24,6 +27,8 @@ class Outputs:
 
     Args:
         screen: File, ``-`` for stdout, or None.
+        form: ``text`` or ``png``; None goes by the file's name.
+        terminal: Shows what the guest sends to the serial port, instead of a file or stdout.
         serial: File, ``-`` for stdout, or None for stdout unless JSON is printed there.
         as_json: Keep stdout for the JSON object.
 
@@ -31,7 +36,19 @@ class Outputs:
         FileError: a file exists already or cannot be created.
     """
 
-    def __init__(self, *, screen: Path | None, serial: Path | None, as_json: bool) -> None:
+    def __init__(
+        self,
+        *,
+        screen: Path | None,
+        serial: Path | None,
+        as_json: bool,
+        form: str | None = None,
+        terminal: Terminal | None = None,
+    ) -> None:
+        self._form = screen_format(screen, form)
+        if screen is not None and str(screen) == "-" and self._form == "png" and (as_json or interactive(sys.stdout)):
+            raise UsageError("a picture goes to a file", hint="--screen FILE.png")
+        self._terminal = terminal
         self._files: list[tuple[Path, BinaryIO]] = []
         #: Set once the guest has run: only then do the files stay.
         self.started = False
@@ -59,18 +76,22 @@ class Outputs:
         if self._serial is not None:
             self._serial.write(data)
             self.started = True
+        elif self._terminal is not None:
+            self._terminal.show(data)
         elif self._to_terminal and interactive(sys.stdout):
             sys.stdout.write(visible(data))
             sys.stdout.flush()
         elif self._to_terminal:
             write_stdout(data)
 
-    def write_screen(self, lines: tuple[str, ...]) -> None:
-        """Write the text screen where it was asked for."""
-        text = "\n".join(lines).rstrip("\n") + "\n"
+    def write_screen(self, lines: tuple[str, ...], cells: bytes | None) -> None:
+        """Write the screen where it was asked for: its lines, or a picture of its cells."""
         if self._screen is not None:
-            self._screen.write(text.encode())
+            self._screen.write(screen_bytes(lines, cells, self._form))
+        elif self.screen_wanted and self._form == "png":
+            write_stdout(screen_bytes(lines, cells, self._form))
         elif self.screen_wanted and not self._as_json:
+            text = screen_bytes(lines, cells, "text").decode()
             click.echo("\n".join(map(printable, text.split("\n"))), nl=False)
 
     def close(self) -> None:
@@ -92,3 +113,24 @@ class Outputs:
 def visible(data: bytes) -> str:
     """Return guest output for a terminal: escape sequences and other control bytes become ``\\xNN``."""
     return "".join(chr(byte) if byte in _HARMLESS else f"\\x{byte:02x}" for byte in data)
+
+
+def screen_format(path: Path | None, form: str | None) -> str:
+    """Return how a screen is to be saved: as asked for, or by the file's name."""
+    return form or ("png" if path is not None and path.suffix.lower() == ".png" else "text")
+
+
+def screen_bytes(lines: Sequence[str], cells: bytes | None, form: str) -> bytes:
+    """Return a screen as it is saved.
+
+    Raises:
+        UsageError: a picture is wanted, and there are only lines.
+        ValueError: the cells are not those of one screen.
+    """
+    if form == "text":
+        return ("\n".join(lines).rstrip("\n") + "\n").encode()
+    if cells is None:
+        raise UsageError("this engine shows no text screen to draw", hint="--screen-format text")
+    from vmgraft.vmmhost.picture import screen_png
+
+    return screen_png(cells)

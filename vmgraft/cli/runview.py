@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import click
 
 from vmgraft.cli.console import Outputs
+from vmgraft.cli.ctlview import show_extension
 from vmgraft.cli.exitcodes import exit_code
 from vmgraft.cli.output import emit_json, printable, report_error, show_warnings
 from vmgraft.cli.views import show_report, verdict_document
 from vmgraft.errors import ExpectationError, VmgraftError
 from vmgraft.signing.contract import Report
+from vmgraft.vmmhost.core.contract import EndReason
 from vmgraft.vmmhost.core.machine import MachineResult
 from vmgraft.vmmhost.launch import RunReport
+
+
+#: What to do about a guest that asks too much of an engine.
+_OTHER_ENGINE: Final = "try --engine qemu, or --cpu kvm where it is native (`vmgraft doctor`)"
 
 
 def warn_before(verdict: Report) -> None:
@@ -29,7 +35,7 @@ def finish_run(report: RunReport, image: Path, outputs: Outputs, *, as_json: boo
     code = exit_code(report.error)
     if report.result is not None:
         outputs.started = True
-        outputs.write_screen(report.result.screen)
+        outputs.write_screen(report.result.screen, report.cells)
     if as_json:
         emit_json(run_document(report, image, code))
         return code
@@ -54,11 +60,13 @@ def run_document(report: RunReport, image: Path, code: int) -> dict[str, Any]:
     result = report.result
     document["confinement"] = report.confinement
     document["layer"] = report.extensions
+    document["control"] = report.control
     document["end"] = {
         "reason": result.reason.value,
         "detail": result.detail,
         "engine": result.engine,
         "emulated": result.emulated,
+        "why": result.why,
         "wallSeconds": round(result.wall_seconds, 3),
         "exits": result.exits,
         "blocksChecked": result.blocks_checked,
@@ -76,11 +84,7 @@ def _show_end(report: RunReport, result: MachineResult, image: Path) -> None:
     if report.memory is not None:
         _show_memory(report.memory)
     for item in report.extensions:
-        click.echo(
-            f"extension {item['id']} {item['version']}: {item['state']}, isolation level {item['isolation']}, "
-            f"{item['calls']} calls, {item['faults']} faults",
-            err=True,
-        )
+        show_extension(item, err=True)
     engine = f"{result.engine}{' (emulated)' if result.emulated else ''}"
     click.echo(f"ended: {_why(result)} after {result.wall_seconds:.2f} s on {engine}", err=True)
     if report.error is not None:
@@ -103,10 +107,14 @@ def _failure(report: RunReport, result: MachineResult, image: Path) -> VmgraftEr
     """Return what to say about a guest that did not end well."""
     if report.error == ExpectationError.code:
         hint = "--screen and --serial keep what the guest showed; a longer --timeout may help"
+        if result.engine == "soft" and report.plan is not None and report.plan.direct is not None:
+            hint += f", and {_OTHER_ENGINE}"
         return ExpectationError(
             f"{report.until!r} never appeared; the guest ended: {_why(result)}", file=image, hint=hint
         )
     hint = "--audit-log keeps what the extensions did"
+    if result.reason is EndReason.ERROR:
+        hint = f"not every guest runs on this engine: {_OTHER_ENGINE}"
     return VmgraftError(f"{report.error}: the guest ended: {_why(result)}", file=image, hint=hint)
 
 

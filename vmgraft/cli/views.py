@@ -33,6 +33,8 @@ def show_report(report: Report, image: Path) -> None:
         click.echo(f"{click.style(f'{mark:>4}', fg=color)}  {check.name:<13} {printable(check.detail)}")
     for warning in report.warnings:
         click.echo(f"{click.style('warn', fg='yellow')}  {printable(warning)}")
+    for signer in _signers(report):
+        click.echo(f"{'':>4}  {'signer':<13} {printable(signer)}")
     if report.ok:
         names = ", ".join(f"{item.id} {item.version}" for item in report.extensions) or "no extension"
         good = click.style("trusted", fg="green", bold=True)
@@ -42,6 +44,23 @@ def show_report(report: Report, image: Path) -> None:
     failed = deciding_check(report)
     if failed is not None and failed.hint:
         click.echo(f"{click.style('hint:', fg='cyan')} {printable(failed.hint)}", err=True)
+
+
+def _signers(report: Report) -> list[str]:
+    """Say who signed, of those whom the policy trusts: the key and its name there, or who is certified, and by whom."""
+    names = dict(report.named)
+    certified = {item.keyid for item in report.certified}
+    lines = [
+        f"{keyid} ({names[keyid]})" if keyid in names else keyid
+        for keyid in report.signers
+        if keyid in names or keyid not in certified
+    ]
+    for item in report.certified:
+        line = f"{item.keyid}, {_text(item.subject)}, certified by ca:{item.authority}"
+        if item.timestamp is not None:
+            line += f", timestamped {item.timestamp} by tsa:{item.timestamp_authority}"
+        lines.append(line)
+    return lines
 
 
 def show_list(listing: dict[str, Any]) -> None:

@@ -14,6 +14,7 @@ from typing import Final
 from vmgraft.demo.assets import example
 from vmgraft.demo.images import DATA_OFFSET, make_images
 from vmgraft.errors import VmgraftError
+from vmgraft.words import counted
 
 #: Exit codes the demo expects of refusals (docs/exit-codes.md).
 NO_GRAFT: Final = 4
@@ -130,11 +131,11 @@ class Journey:
         lines = (done.stdout + done.stderr).splitlines()
         shown = lines[-tail:] if tail else lines[:head]
         if tail and len(lines) > tail:
-            self.say(f"   … {len(lines) - tail} lines before")
+            self.say(f"   … {counted(len(lines) - tail, 'line')} before")
         for line in shown:
             self.say(f"   {line}")
         if not tail and len(lines) > head:
-            self.say(f"   … {len(lines) - head} more lines")
+            self.say(f"   … {counted(len(lines) - head, 'more line')}")
         if done.returncode != code:
             hint = next((line.partition("hint:")[2].strip() for line in lines if line.startswith("hint:")), None)
             raise DemoError(f"vmgraft {args[0]} ended with exit {done.returncode}, not {code}", hint=hint)

@@ -29,7 +29,7 @@ from vmgraft.imagefmt.tree import ContentTree, digest_with_tree
 from vmgraft.imagefmt.undo import pack_undo
 
 #: Sections whose bytes a signature speaks about: damage there is the verifier's to report.
-_SIGNED_KINDS = (SectionKind.ENVELOPE, SectionKind.MANIFEST, SectionKind.MODULE)
+_SIGNED_KINDS = (SectionKind.ENVELOPE, SectionKind.MANIFEST, SectionKind.MODULE, SectionKind.FILES)
 _PAYLOAD_KINDS = (SectionKind.MANIFEST, SectionKind.MODULE, SectionKind.FILES)
 #: States in which a new graft may be written.
 _FREE = (GraftState.NONE, GraftState.ORPHANED)
@@ -69,7 +69,7 @@ class Graft:
         image: The image it was found in.
         located: Its state and place.
         record: The parsed record, or None when its header or table are not sound.
-        tree: The content tree, once ``content`` has been called.
+        tree: The content tree, once ``content`` has been called, or a host has verified the stored one.
     """
 
     def __init__(self, image: Image, *, located: Located | None = None, progress: Progress | None = None) -> None:
@@ -81,6 +81,11 @@ class Graft:
         self._content: ContentDigest | None = None
         self._record_problem: str | None = None
         self._parse()
+
+    @property
+    def was_read(self) -> bool:
+        """Whether all of the content was read."""
+        return self._content is not None
 
     def _parse(self) -> None:
         data = self.located.record
@@ -97,9 +102,9 @@ class Graft:
     def format_problem(self) -> str | None:
         """Say what is structurally wrong, or None.
 
-        Damage inside an envelope, manifest or module is left to the verifier, which can say more about it. That is safe
-        in state ``OVERWRITTEN`` only, which formats report when the record's digest is all that is wrong: the section
-        table's digests then show that nothing else is affected.
+        Damage inside an envelope, manifest, module or file is left to the verifier, which can say more about it. That
+        is safe in state ``OVERWRITTEN`` only, which formats report when the record's digest is all that is wrong: the
+        section table's digests then show that nothing else is affected.
         """
         if self.record is None:
             return self._record_problem
@@ -149,7 +154,7 @@ class Graft:
         return tuple(found)
 
     def payload(self, sha256: str) -> bytes:
-        """Return the stored manifest or module with the given SHA-256 (lowercase hex).
+        """Return the stored manifest, module or piece of files with the given SHA-256 (lowercase hex).
 
         Raises:
             PayloadMismatchError: when nothing stored hashes to it.

@@ -30,7 +30,7 @@ class SectionKind(IntEnum):
     ENVELOPE = 1  #: a DSSE envelope, JSON
     MANIFEST = 2  #: an extension's manifest
     MODULE = 3  #: an extension's WebAssembly module
-    FILES = 4  #: an extension's further files
+    FILES = 4  #: a piece of an extension's further files
     UNDO = 5  #: what detach needs
     TREE = 6  #: levels of the content tree
     HINTS = 7  #: unsigned facts

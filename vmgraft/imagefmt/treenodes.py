@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import hashlib
+    from collections.abc import Iterator
 
 #: Bytes of guest content in a leaf, and of hashes in a node.
 BLOCK_SIZE = 65536
@@ -36,6 +37,8 @@ def _zero_levels() -> tuple[bytes, ...]:
 
 
 _ZERO_HASH = _zero_levels()
+#: The leaf of a block of zeros.
+ZERO_LEAF = _ZERO_HASH[0]
 
 
 @cache
@@ -94,6 +97,12 @@ class ContentTree:
                 start = (inside - first) * _HASH_SIZE
                 return hashes[start : start + _HASH_SIZE] or _ZERO_HASH[0]
         return _ZERO_HASH[0]
+
+    def runs(self) -> Iterator[tuple[int, bytes]]:
+        """Yield (index of the first block, hashes) of all leaves that are stored, ascending."""
+        for number in sorted(self._segments):
+            for first, hashes in self._segments[number].runs:
+                yield number * FAN_OUT + first, hashes
 
     def check(self, block_index: int, data: bytes) -> bool:
         """Return whether ``data`` is block ``block_index``: 64 KiB, or what is left of the content at its end."""

@@ -46,7 +46,7 @@ def export_image(
         raise UsageError("only bundles can be bare", field="bare", hint="leave out --bare")
     envelope = parse_envelope(extract_part(path, "envelope", opening=opening), file=path)
     if form == "openssl":
-        files = export_openssl(envelope, [load_public(public) for public in publics])
+        files = export_openssl(envelope, [load_public(public) for public in publics], file=path)
     else:
-        files = export_bundle(envelope, bare=bare)
+        files = export_bundle(envelope, bare=bare, file=path)
     return write_folder(output, files, what="the export")

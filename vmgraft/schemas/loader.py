@@ -23,6 +23,7 @@ from jsonschema.protocols import Validator
 
 from vmgraft.errors import VmgraftError
 from vmgraft.schemas import load_schema
+from vmgraft.words import counted
 
 #: Violations looked at before one is picked to be reported.
 _MAX_VIOLATIONS = 32
@@ -73,14 +74,16 @@ _SENTENCES = {
     "type": "must be of type {0}",
     "const": "must be {0!r}",
     "enum": "must be one of {0}",
-    "minItems": "must have at least {0} items",
-    "maxItems": "must have at most {0} items",
-    "minLength": "must have at least {0} characters",
-    "maxLength": "must have at most {0} characters",
-    "minProperties": "must have at least {0} members",
-    "maxProperties": "must have at most {0} members",
     "minimum": "must be at least {0}",
     "maximum": "must be at most {0}",
+}
+
+
+#: The same for keywords that count: what is said before the number, and of what it is one.
+_COUNTS = {
+    f"{bound}{of}": (f"must have at {'least' if bound == 'min' else 'most'}", noun)
+    for bound in ("min", "max")
+    for of, noun in (("Items", "item"), ("Length", "character"), ("Properties", "member"))
 }
 
 
@@ -92,6 +95,9 @@ def _sentence(violation: ValidationError) -> str:
     if keyword == "additionalProperties" and isinstance(value, dict):
         unknown = sorted(set(value) - set(schema.get("properties", {})))
         return "unknown field " + ", ".join(repr(name[:64]) for name in unknown[:4])
+    if keyword in _COUNTS and isinstance(violation.validator_value, int):
+        bound, noun = _COUNTS[keyword]
+        return f"{bound} {counted(violation.validator_value, noun)}"
     if keyword in _SENTENCES:
         return _shorten(_SENTENCES[keyword].format(violation.validator_value))
     return _shorten(violation.message)

@@ -12,10 +12,11 @@ from os import PathLike
 from typing import Any, NoReturn
 
 from vmgraft.errors import VmgraftError
+from vmgraft.words import size_words
 
 #: Nesting no document of ours reaches.
 MAX_DEPTH = 16
-#: Decimal digits of the largest 64-bit integer, sign excluded.
+#: Most decimal digits of an integer, sign excluded: no 64-bit one has more.
 MAX_INTEGER_DIGITS = 20
 
 # A string literal (closed or running to the end), or a bracket. Possessive, so no input makes it backtrack.
@@ -42,7 +43,7 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _bounded_integer(digits: str) -> int:
     if len(digits.lstrip("-")) > MAX_INTEGER_DIGITS:
-        raise _RefusedError("an integer has more than 64 bits")
+        raise _RefusedError(f"an integer has more than {MAX_INTEGER_DIGITS} digits")
     return int(digits)
 
 
@@ -105,7 +106,7 @@ def strict_json(
             that is not an integer of at most 20 digits, NaN or Infinity, half a surrogate pair.
     """
     if len(data) > max_bytes:
-        raise error(f"the document has {len(data)} bytes, more than {max_bytes}", file=file)
+        raise error(f"the document has more than {size_words(max_bytes)}", file=file)
     if data.startswith(_BOM):
         raise error("the document starts with a byte order mark", file=file, offset=0, hint="save it without one")
     try:

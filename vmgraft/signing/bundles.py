@@ -10,13 +10,16 @@ import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from os import PathLike
-from typing import Any, Final
+from os import PathLike, fspath
+from typing import TYPE_CHECKING, Any, Final
 
 from vmgraft.errors import BadSignatureError, UnsupportedError
 from vmgraft.schemas import strict_json
 from vmgraft.signing.dsse import MAX_ENVELOPE, Envelope, Signature, parse_envelope
 from vmgraft.signing.material import KIND, MAX_CERTIFICATES, Material, pack_material, parse_material
+
+if TYPE_CHECKING:
+    from cryptography import x509
 
 #: Largest file accepted, in bytes: an envelope, certificates, and the log's entries, which repeat the envelope.
 MAX_BUNDLE: Final = 4 * MAX_ENVELOPE
@@ -104,50 +107,60 @@ def _material(document: Mapping[str, Any], file: _PathOrNone) -> Material:
     if not ext:
         return Material()
     found = parse_material({"kind": KIND, "ext": ext}, field="verificationMaterial", file=file)
-    return Material() if found is None else Material(_without_root(found.certificates), found.timestamps)
+    return Material() if found is None else Material(_without_root(found.certificates, file), found.timestamps)
 
 
-def _without_root(chain: tuple[bytes, ...]) -> tuple[bytes, ...]:
+def _parsed(der: bytes, file: _PathOrNone) -> x509.Certificate:
+    """Parse a certificate, and name the file that brought it where it is none."""
+    from vmgraft.signing.paths import parse_certificate
+
+    try:
+        return parse_certificate(der)
+    except BadSignatureError as exc:
+        exc.file = None if file is None else fspath(file)
+        raise
+
+
+def _without_root(chain: tuple[bytes, ...], file: _PathOrNone) -> tuple[bytes, ...]:
     """Leave out a root at the end of a chain: it never travels, verifiers have their own."""
     if len(chain) < 2:
         return chain
-    from vmgraft.signing.paths import parse_certificate
-
-    last = parse_certificate(chain[-1])
+    last = _parsed(chain[-1], file)
     return chain[:-1] if last.subject == last.issuer else chain
 
 
-def with_intermediates(brought: Brought, intermediates: Sequence[bytes]) -> Brought:
+def with_intermediates(brought: Brought, intermediates: Sequence[bytes], *, file: _PathOrNone = None) -> Brought:
     """Complete chains: a bundle v0.3 holds the leaf alone, and its signer's intermediates come another way.
 
     Args:
         brought: What a file brought.
         intermediates: DER; those that issued something in a chain go along, in order, and no root does.
+        file: What to name in the error: the file that brought the chains.
 
     Raises:
         BadSignatureError: a certificate is malformed.
     """
     signatures = []
     for index, signature in enumerate(brought.envelope.signatures):
-        material = signature_material(signature, index)
+        material = signature_material(signature, index, file=file)
         if material.certificates:
-            completed = Material(_completed(material.certificates, intermediates), material.timestamps)
+            completed = Material(_completed(material.certificates, intermediates, file), material.timestamps)
             signature = dataclasses.replace(signature, extension=pack_material(completed))  # noqa: PLW2901
         signatures.append(signature)
     return dataclasses.replace(brought, envelope=dataclasses.replace(brought.envelope, signatures=tuple(signatures)))
 
 
-def _completed(chain: tuple[bytes, ...], intermediates: Sequence[bytes]) -> tuple[bytes, ...]:
+def _completed(chain: tuple[bytes, ...], intermediates: Sequence[bytes], file: _PathOrNone) -> tuple[bytes, ...]:
     from vmgraft.signing.paths import parse_certificate
 
     issuers = {parse_certificate(der).subject: der for der in intermediates}
     while len(chain) < MAX_CERTIFICATES:
-        last = parse_certificate(chain[-1])
+        last = _parsed(chain[-1], file)
         following = issuers.get(last.issuer)
         if last.subject == last.issuer or following is None or following in chain:
             break
         chain = (*chain, following)
-    return _without_root(chain)
+    return _without_root(chain, file)
 
 
 def signature_material(signature: Signature, index: int, *, file: _PathOrNone = None) -> Material:

@@ -1,11 +1,14 @@
 """Capability strings: what an extension may claim, and whether a grant covers it.
 
 ======================  =====================================================================
-``log`` ``now`` ``random`` ``tick`` ``stop``  an import of the extension ABI
+``log`` ``now`` ``random`` ``tick`` ``stop`` ``kv`` ``metric``  an import of the extension ABI
 ``pio:0x510-0x517``     I/O ports, first and last, both included
 ``mmio:0xd0000+0x1000``  guest-physical addresses, start and size in bytes
 ``hypercall:16-31``     hypercall numbers, first and last, both included
 ``guest:0x10000+0x1000:rw``  a window into guest memory, start and size in bytes, ``r`` or ``rw``
+``irq:5``               an ISA interrupt line of the guest
+``service:rtc``         a default service of the host, to take its place; ``service:rtc:chain`` to be asked before it
+``supplement:iso``      files shown to the guest beside its image, by kind
 ======================  =====================================================================
 
 Each capability has one spelling only (lower-case hexadecimal or decimal, no leading zeros), so equal strings and equal
@@ -28,7 +31,14 @@ GPA_LIMIT = 1 << 52
 #: Hypercall numbers; 0 is kept for "none".
 MAX_HYPERCALL = (1 << 31) - 1
 #: Capabilities that are an import of the ABI and cover no range.
-FLAGS = ("log", "now", "random", "tick", "stop")
+FLAGS = ("log", "now", "random", "tick", "stop", "kv", "metric")
+#: Default services of the host that an extension may take over or be asked before (docs/extensions.md).
+SERVICES = ("rtc", "console", "entropy", "time", "disk", "cpuid", "hypercall")
+#: Ways in which files of an extension may be shown to the guest.
+SUPPLEMENTS = ("iso", "initrd", "blocks")
+#: ISA interrupt lines that no extension can have, as a PC is wired: timer, keyboard, cascade, COM1 (IBM PC AT).
+CORE_IRQS = (0, 1, 2, 4)
+MAX_IRQ = 15
 
 _HEX = r"0x(0|[1-9a-f][0-9a-f]{0,15})"
 _DEC = r"(0|[1-9][0-9]{0,9})"
@@ -36,7 +46,13 @@ _PIO = re.compile(rf"pio:{_HEX}-{_HEX}")
 _MMIO = re.compile(rf"mmio:{_HEX}\+{_HEX}")
 _HYPERCALL = re.compile(rf"hypercall:{_DEC}-{_DEC}")
 _GUEST = re.compile(rf"guest:{_HEX}\+{_HEX}:(rw|r)")
-_HINT = "for example log, pio:0x510-0x517, mmio:0xd0000+0x1000, hypercall:16-31, guest:0x10000+0x1000:rw"
+_IRQ = re.compile(r"irq:(0|[1-9][0-9]?)")
+_SERVICE = re.compile(rf"service:({'|'.join(SERVICES)})(:chain)?")
+_SUPPLEMENT = re.compile(rf"supplement:({'|'.join(SUPPLEMENTS)})")
+_HINT = (
+    "for example log, pio:0x510-0x517, mmio:0xd0000+0x1000, hypercall:16-31, guest:0x10000+0x1000:rw, irq:5,"
+    " service:rtc, service:console:chain, supplement:iso"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +110,38 @@ class GuestWindow:
         return f"guest:{self.gpa:#x}+{self.size:#x}:{'rw' if self.writable else 'r'}"
 
 
-Capability = Flag | PioRange | MmioRange | HypercallRange | GuestWindow
+@dataclass(frozen=True, slots=True)
+class IrqLine:
+    """One ISA interrupt line that the extension may raise and lower."""
+
+    line: int
+
+    def __str__(self) -> str:
+        return f"irq:{self.line}"
+
+
+@dataclass(frozen=True, slots=True)
+class ServiceClaim:
+    """A default service, one of ``SERVICES``: taken over, or with ``chain`` asked before whoever serves it."""
+
+    name: str
+    chain: bool = False
+
+    def __str__(self) -> str:
+        return f"service:{self.name}{':chain' if self.chain else ''}"
+
+
+@dataclass(frozen=True, slots=True)
+class Supplement:
+    """Files shown to the guest beside its image, in one of the ways of ``SUPPLEMENTS``."""
+
+    kind: str
+
+    def __str__(self) -> str:
+        return f"supplement:{self.kind}"
+
+
+Capability = Flag | PioRange | MmioRange | HypercallRange | GuestWindow | IrqLine | ServiceClaim | Supplement
 
 
 def parse_capability(
@@ -114,7 +161,7 @@ def parse_capability(
 
     Raises:
         VmgraftError: (of class ``error``) not a capability, or out of bounds: ports to 0xffff, addresses below 2**52,
-            hypercalls 1 to 2**31 - 1, sizes above 0.
+            hypercalls 1 to 2**31 - 1, sizes above 0, interrupt lines 3 and 5 to 15.
     """
     capability = Flag(text) if text in FLAGS else _parse_range(text)
     if capability is None:
@@ -139,6 +186,16 @@ def _parse_range(text: str) -> Capability | None:
         return HypercallRange(int(match[1]), int(match[2]))
     if match := _GUEST.fullmatch(text):
         return GuestWindow(int(match[1], 16), int(match[2], 16), match[3] == "rw")
+    return _parse_name(text)
+
+
+def _parse_name(text: str) -> Capability | None:
+    if match := _IRQ.fullmatch(text):
+        return IrqLine(int(match[1]))
+    if match := _SERVICE.fullmatch(text):
+        return ServiceClaim(match[1], match[2] is not None)
+    if match := _SUPPLEMENT.fullmatch(text):
+        return Supplement(match[1])
     return None
 
 
@@ -151,17 +208,21 @@ def _bounds_problem(capability: Capability) -> str | None:
             problem = f"first and last number must be in order, from 1 to {MAX_HYPERCALL}"
         case MmioRange(gpa, size) | GuestWindow(gpa, size, _) if size == 0 or gpa + size > GPA_LIMIT:
             problem = "the size must be above 0 and the range must end below 2**52"
+        case IrqLine(line) if line > MAX_IRQ or line in CORE_IRQS:
+            problem = f"the line must be 3 or 5 to {MAX_IRQ}; the others are the core's"
         case _:
             pass
     return problem
 
 
 def covers(grant: Capability, claim: Capability) -> bool:
-    """Tell whether one grant covers a claim: same kind, range inside range, ``rw`` over ``r``."""
+    """Tell whether one grant covers a claim: same kind, range inside range, ``rw`` over ``r``, service over chain."""
     if type(grant) is not type(claim):
         return False
     if isinstance(grant, GuestWindow) and isinstance(claim, GuestWindow) and claim.writable and not grant.writable:
         return False
+    if isinstance(grant, ServiceClaim) and isinstance(claim, ServiceClaim):
+        return grant.name == claim.name and (claim.chain or not grant.chain)
     outer, inner = _span(grant), _span(claim)
     if outer is None or inner is None:
         return grant == claim
@@ -175,21 +236,27 @@ def covered(grants: Iterable[Capability], claim: Capability) -> bool:
 
 def _span(capability: Capability) -> tuple[str, int, int, bool] | None:
     """Return (address space, start, end, exclusive); a read-only window shares with other read-only windows."""
+    span: tuple[str, int, int, bool] | None = None
     match capability:
         case PioRange(first, last):
-            return "pio", first, last + 1, True
+            span = "pio", first, last + 1, True
         case HypercallRange(first, last):
-            return "hypercall", first, last + 1, True
+            span = "hypercall", first, last + 1, True
         case MmioRange(gpa, size):
-            return "gpa", gpa, gpa + size, True
+            span = "gpa", gpa, gpa + size, True
         case GuestWindow(gpa, size, writable):
-            return "gpa", gpa, gpa + size, writable
-        case Flag():
-            return None
+            span = "gpa", gpa, gpa + size, writable
+        case IrqLine(line):
+            span = "irq", line, line + 1, True
+        case ServiceClaim(name, False):
+            span = "service", SERVICES.index(name), SERVICES.index(name) + 1, True
+        case Flag() | ServiceClaim() | Supplement():  # everybody's
+            pass
+    return span
 
 
 def overlaps(one: Capability, other: Capability) -> bool:
-    """Tell whether two claims get in each other's way; two read-only windows never do, nor do flags."""
+    """Tell whether two claims get in each other's way; two read-only windows never do, nor do flags or chains."""
     a, b = _span(one), _span(other)
     if a is None or b is None or a[0] != b[0]:
         return False

@@ -29,7 +29,7 @@ from vmgraft.signing.paths import (
     validate,
 )
 from vmgraft.signing.revocation import SOON, check_revocation
-from vmgraft.signing.times import format_time
+from vmgraft.signing.times import format_time, later
 
 __all__ = [
     "DEVELOPMENT",
@@ -185,7 +185,7 @@ def _describe(
     ends = min(certificate.not_valid_after_utc for certificate in chain)
     for certificate in chain:
         end = certificate.not_valid_after_utc
-        if now <= end < now + SOON:
+        if now <= end < later(now, SOON):
             notes.append(f"the certificate of {certificate.subject.rfc4514_string()!r} expires {format_time(end)}")
     if is_development(chain):
         notes.append(f"the authority {authority.name} is a development CA: anybody may hold its keys")

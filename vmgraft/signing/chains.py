@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Final
 from vmgraft.errors import BadSignatureError, ExpiredError, FileError
 from vmgraft.signing.files import read_regular
 from vmgraft.signing.material import MAX_CERTIFICATE, MAX_CERTIFICATES
-from vmgraft.signing.times import format_time
+from vmgraft.signing.times import format_time, later
 
 if TYPE_CHECKING:
     from cryptography import x509
@@ -70,7 +70,8 @@ def parse_chain(path: Path) -> list[x509.Certificate]:
     try:
         return [parse_certificate(der) for _, der in blocks]
     except BadSignatureError as exc:
-        raise FileError("a certificate is malformed", file=path, field="certificate") from exc
+        message = "a certificate is malformed" if exc.__cause__ is not None else exc.message
+        raise FileError(message, file=path, field="certificate") from exc
 
 
 def chain_warnings(chain: tuple[bytes, ...], *, now: datetime | None = None) -> list[str]:
@@ -86,7 +87,7 @@ def chain_warnings(chain: tuple[bytes, ...], *, now: datetime | None = None) -> 
         notes.append(f"the certificate of {name!r} is of a development CA: anybody may hold its keys")
     for certificate in parsed:
         end = certificate.not_valid_after_utc
-        if end < when + SOON:
+        if end < later(when, SOON):
             verb = "expired" if end < when else "expires"
             notes.append(f"the certificate of {certificate.subject.rfc4514_string()!r} {verb} {format_time(end)}")
     return notes

@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    from vmgraft.signing.signedfiles import SignedFiles
 
 
 class ContentNames(Protocol):
@@ -21,6 +24,14 @@ class ContentNames(Protocol):
     def flat(self) -> bytes | None: ...  # noqa: D102
 
 
+class TreeNames(Protocol):
+    """The names of a content tree (``vmgraft.imagefmt.tree.ContentTree`` has this shape)."""
+
+    virtual_size: int
+    root_hash: bytes
+    tree_digest: bytes
+
+
 class Evidence(Protocol):
     """A graft as found in an image; nothing in it is trusted."""
 
@@ -31,7 +42,7 @@ class Evidence(Protocol):
         """Return the stored DSSE envelopes, raw bytes as found (even when the record's own digest of them differs)."""
 
     def payload(self, sha256: str) -> bytes:
-        """Return the stored manifest or module whose SHA-256 (lowercase hex) is asked for.
+        """Return the stored manifest, module or piece of files whose SHA-256 (lowercase hex) is asked for.
 
         Raises:
             PayloadMismatchError: nothing stored hashes to it.
@@ -91,6 +102,7 @@ class VerifiedExtension:
         module: The WebAssembly module's bytes, or None where the extension has none.
         capabilities: Effective capabilities: declared and granted.
         isolation: Minimum isolation level the policy demands of the worker.
+        files: The extension's further files, or None; they can be read as long as the evidence is open.
     """
 
     id: str
@@ -102,6 +114,7 @@ class VerifiedExtension:
     limits: Limits
     on_fault: str
     isolation: int = 0
+    files: SignedFiles | None = field(default=None, compare=False, repr=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,6 +128,7 @@ class CertifiedSigner:
         sans: Its subject alternative names, ``kind:value``.
         not_after: When the first certificate of the chain ends, ``2026-11-22T15:00:00Z``.
         timestamp: When a trusted timestamp authority saw the signature, where that was needed, or None.
+        timestamp_authority: Name of the trust store of that authority, or None.
     """
 
     keyid: str
@@ -123,6 +137,7 @@ class CertifiedSigner:
     sans: tuple[str, ...]
     not_after: str
     timestamp: str | None = None
+    timestamp_authority: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return the JSON form."""
@@ -133,6 +148,7 @@ class CertifiedSigner:
             "sans": list(self.sans),
             "notAfter": self.not_after,
             "timestamp": self.timestamp,
+            "timestampAuthority": self.timestamp_authority,
         }
 
 
@@ -146,6 +162,7 @@ class Report:
         signers: keyids (``SHA256:...``) of the distinct trusted keys that signed.
         extensions: Filled only when ``ok``.
         certified: What certificates say about those signers that have one.
+        named: (keyid, name) of those signers that the policy lists under ``keys``.
     """
 
     ok: bool
@@ -157,3 +174,4 @@ class Report:
     extensions: tuple[VerifiedExtension, ...] = ()
     warnings: tuple[str, ...] = field(default=())
     certified: tuple[CertifiedSigner, ...] = ()
+    named: tuple[tuple[str, str], ...] = ()

@@ -107,7 +107,7 @@ def make_development_ca(
     if kind not in GENERATED_KINDS:
         raise UsageError(f"no key type {kind!r}", field="type", hint="one of " + ", ".join(GENERATED_KINDS))
     if not 1 <= days <= MAX_DAYS:
-        raise UsageError(f"{days} days are not 1 to {MAX_DAYS}", field="days")
+        raise UsageError(f"{days} is not a number of days from 1 to {MAX_DAYS}", field="days")
     start = (datetime.now(UTC) if now is None else now).replace(microsecond=0)
     end = start + timedelta(days=days)
     signer = generate(kind)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Collection, Iterable, Sequence
 from datetime import datetime
 
@@ -21,6 +22,7 @@ from vmgraft.signing.contract import (
     Evidence,
     Report,
     Status,
+    TreeNames,
     VerifiedExtension,
 )
 from vmgraft.signing.dsse import Envelope, parse_envelope
@@ -29,9 +31,10 @@ from vmgraft.signing.keys import PublicKey
 from vmgraft.signing.manifest import lower_limits, stricter_fault
 from vmgraft.signing.payloads import FoundExtension, find_extension
 from vmgraft.signing.policymodel import Grant, TrustPolicy
-from vmgraft.signing.statement import CONTENT_SUBJECT, Statement, parse_statement
-from vmgraft.signing.times import CLOCK_SKEW, format_time
+from vmgraft.signing.statement import CONTENT_SUBJECT, ImageClaim, Statement, parse_statement
+from vmgraft.signing.times import CLOCK_SKEW, format_time, later
 from vmgraft.signing.truststores import TrustStore
+from vmgraft.words import counted
 
 #: Every check, in order; the position is the precedence.
 CHECKS = (
@@ -54,6 +57,10 @@ CHECKS = (
 )
 
 
+#: What the ``content`` check says where the host holds every block against the signed tree.
+ON_FIRST_READ = "each block checked when it is first read"
+
+
 class Run:
     """The state of one verification: what has been established, and the verdicts so far."""
 
@@ -64,12 +71,15 @@ class Run:
         now: datetime,
         check_content: bool,
         authorities: Sequence[TrustStore] = (),
+        *,
+        tree: TreeNames | None = None,
     ) -> None:
         self.evidence = evidence
         self.keys = list(keys)
         self.authorities = authorities
         self.now = now
         self.check_content = check_content
+        self.tree = tree
         self.checks: dict[str, Check] = {}
         self.warnings: list[str] = []
         self.signers = Signers()
@@ -78,9 +88,10 @@ class Run:
         self.found: list[FoundExtension] = []
         self.trusted: frozenset[PublicKey] = frozenset()
         self.certified: tuple[CertifiedSigner, ...] = ()
+        self.named: tuple[tuple[str, str], ...] = ()
         self.policy: TrustPolicy | None = None
         self.grants: dict[str, Grant] = {}
-        self._content: dict[bool, ContentNames] = {}
+        self._content: dict[bool, ContentNames | VmgraftError] = {}
 
     # --- verdicts
 
@@ -111,6 +122,15 @@ class Run:
         if self._envelope() and self._signature() and self._statement():
             self._payloads()
             self._content_check()
+
+    def fork(self) -> Run:
+        """Return this run as it was before any trust policy was asked: nothing is read or verified again."""
+        other = copy.copy(self)
+        kept = CHECKS[: CHECKS.index("scope")] if self.statement is not None else tuple(self.checks)
+        other.checks = {name: check for name, check in self.checks.items() if name in kept}
+        other.warnings, other.trusted, other.certified, other.named = [], frozenset(), (), ()
+        other.policy, other.grants = None, {}
+        return other
 
     def _format(self) -> None:  # 1
         try:
@@ -147,7 +167,7 @@ class Run:
                 hint += ", or its 'trustStores' the root of the signer's certificate"
             self.fail("authenticity", UntrustedSignerError(why, hint=hint))
             return False
-        good = f"{len(believed)} known of {len(self.envelope.signatures)} signatures"
+        good = f"{len(believed)} known of {counted(len(self.envelope.signatures), 'signature')}"
         problem = "; ".join(refuted) or None
         self.settle("signature", BadSignatureError, problem, good, "the envelope was altered")
         self.warnings += [*signers.unknown, *signers.misnamed, *signers.notes]
@@ -162,7 +182,7 @@ class Run:
         except VmgraftError as exc:
             self.fail("statement", exc)
             return False
-        self.checks["statement"] = Check("statement", Status.PASS, f"{len(self.statement.extensions)} extension(s)")
+        self.checks["statement"] = Check("statement", Status.PASS, counted(len(self.statement.extensions), "extension"))
         self.warnings += [f"not understood, not acted on: {path}" for path in self.statement.unknown]
         return True
 
@@ -180,15 +200,26 @@ class Run:
             detail = "; ".join(str(problem) for problem in problems)
             self.checks["payloads"] = Check("payloads", Status.FAIL, detail, first.code, first.hint)
         else:
-            self.checks["payloads"] = Check("payloads", Status.PASS, "every manifest and module is the signed one")
+            files = any(found.files is not None for found in self.found)
+            what = "every manifest, module and file" if files else "every manifest and module"
+            self.checks["payloads"] = Check("payloads", Status.PASS, f"{what} is the signed one")
 
     def content(self, flat: bool) -> ContentNames:
-        """Return the content's digests, reading it at most once for each kind of question."""
-        if True in self._content:
-            return self._content[True]
+        """Return the content's digests, reading it at most once for each kind of question, also if it cannot be read.
+
+        Raises:
+            VmgraftError: it cannot be read.
+        """
+        flat = flat or True in self._content
         if flat not in self._content:
-            self._content[flat] = self.evidence.content(flat)
-        return self._content[flat]
+            try:
+                self._content[flat] = self.evidence.content(flat)
+            except VmgraftError as exc:
+                self._content[flat] = exc
+        found = self._content[flat]
+        if isinstance(found, VmgraftError):
+            raise found
+        return found
 
     def _content_check(self) -> None:  # 6
         if self.statement is None or self.statement.image is None:
@@ -196,6 +227,10 @@ class Run:
             return
         if not self.check_content:
             self.skip("content", "to be checked block by block as it is read")
+            return
+        if self._holds_tree(self.statement.image):
+            good = f"{self.statement.image.virtual_size} bytes as signed, {ON_FIRST_READ}"
+            self.checks["content"] = Check("content", Status.PASS, good)
             return
         digests = self.statement.subjects.get(CONTENT_SUBJECT)
         try:
@@ -214,6 +249,17 @@ class Run:
         self.settle("content", ContentMismatchError, problem, f"{image.virtual_size} bytes as signed")
         extra = sorted((digests or {}).keys() - {"sha256"})
         self.warnings += [f"not checked: the {name} of {CONTENT_SUBJECT}" for name in extra]
+
+    def _holds_tree(self, signed: ImageClaim) -> bool:
+        """Tell whether every block will be held against the signed tree, so that none need be read for it now."""
+        tree = self.tree
+        if tree is None:
+            return False
+        names = (tree.virtual_size, tree.root_hash, tree.tree_digest)
+        if names == (signed.virtual_size, signed.root_hash, signed.tree_digest):
+            return True
+        self.warnings.append("the stored content tree is not the signed one: all of the content was read instead")
+        return False
 
     # --- the end
 
@@ -242,6 +288,7 @@ class Run:
             extensions=self._extensions() if ok and self.policy is not None else (),
             warnings=tuple(warned + self.warnings),
             certified=self.certified,
+            named=self.named,
         )
 
     def _extensions(self) -> tuple[VerifiedExtension, ...]:
@@ -260,12 +307,13 @@ def _verified(found: FoundExtension, grant: Grant) -> VerifiedExtension:
         limits=lower_limits(manifest.limits, grant.limits),
         on_fault=stricter_fault(manifest.on_fault, grant.on_fault),
         isolation=grant.min_isolation,
+        files=found.files,
     )
 
 
 def expiry_problem(statement: Statement, now: datetime) -> str | None:
     """Say why a statement is not valid at a time, or None when it is."""
-    if statement.created > now + CLOCK_SKEW:
+    if statement.created > later(now, CLOCK_SKEW):
         return f"not valid before {format_time(statement.created)}"
     if statement.expires is not None and now >= statement.expires:
         return f"expired at {format_time(statement.expires)}"

@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING
 
 from vmgraft.errors import BadSignatureError, UntrustedSignerError
 from vmgraft.signing.dsse import Envelope, Signature
-from vmgraft.signing.effort import SPENT, Effort
+from vmgraft.signing.effort import SPENT, Budget, Effort
 from vmgraft.signing.keys import PublicKey
 from vmgraft.signing.material import Material, parse_material
+from vmgraft.signing.trials import Trials
 from vmgraft.signing.truststores import TrustStore
 
 if TYPE_CHECKING:
@@ -53,7 +54,7 @@ class Signers:
             key of their own certificate, or with certificates that are malformed. They do not count.
         unknown: Sentences about signatures by keys nobody here knows; they do not count and do no harm.
         notes: Sentences about what is odd beside a signature that counts.
-        effort: What the certificates have cost so far; what is still to be judged adds to it.
+        budget: What the certificates have cost so far; what is still to be judged adds to it.
     """
 
     valid: frozenset[PublicKey] = frozenset()
@@ -62,7 +63,7 @@ class Signers:
     misnamed: tuple[str, ...] = ()
     unknown: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
-    effort: Effort = field(default_factory=Effort, compare=False)
+    budget: Budget = field(default_factory=Budget, compare=False)
 
     @property
     def believed(self) -> frozenset[PublicKey]:
@@ -81,7 +82,9 @@ def judge_signatures(
         authorities: Stores of type ``ca``; without any, what travels beside a signature is not looked at.
         now: The time to judge certificates by; needed with authorities.
     """
-    bench = _Bench(envelope.pae, {key.keyid: key for key in keys}, authorities, now)
+    count = max(1, len(envelope.signatures))
+    trials = Trials(envelope.pae, count)
+    bench = _Bench(trials.message, {key.keyid: key for key in keys}, authorities, now, Budget(count), trials)
     for index, signature in enumerate(envelope.signatures):
         bench.judge(index, signature)
     return Signers(
@@ -91,7 +94,7 @@ def judge_signatures(
         tuple(bench.misnamed),
         tuple(bench.unknown),
         tuple(bench.notes),
-        bench.effort,
+        bench.budget,
     )
 
 
@@ -103,13 +106,14 @@ class _Bench:
     known: dict[str, PublicKey]
     authorities: Sequence[TrustStore]
     now: datetime | None
+    budget: Budget
+    trials: Trials
     valid: set[PublicKey] = field(default_factory=set)
     certified: list[Certified] = field(default_factory=list)
     refuted: list[str] = field(default_factory=list)
     misnamed: list[str] = field(default_factory=list)
     unknown: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
-    effort: Effort = field(default_factory=Effort)
 
     def judge(self, index: int, signature: Signature) -> None:
         """Sort one signature into the lists."""
@@ -120,7 +124,10 @@ class _Bench:
                 return
             signer: PublicKey | None = named
         else:
-            signer = next((key for key in self.known.values() if key.verify(self.message, signature.sig)), None)
+            signer = self.trials.signer(signature.sig, self.known.values())
+            if self.trials.cut:
+                text = "not every one was tried on so large a statement: it needs a keyid"
+                self.notes.append(f"signature {index} names no known key, and {text}")
             if signer is not None and signature.keyid:
                 text = f"signature {index} is by {signer.keyid} and names {signature.keyid}: not counted"
                 self.misnamed.append(text)
@@ -151,15 +158,15 @@ class _Bench:
             elif signature.keyid not in ("", leaf.keyid):
                 against.append(f"signature {index} is by {leaf.keyid} and names {signature.keyid}: not counted")
             else:
-                paths = self.effort.once(material.certificates, partial(self.paths, material, now))
+                paths = self.budget.once(index, material.certificates, partial(self.paths, index, material, now))
                 self.certified.append(Certified(index, leaf, signature.sig, material, paths))
         except BadSignatureError as exc:
             against.append(f"signature {index}: {exc.message}: not counted")
         except UntrustedSignerError as exc:
             foreign.append(f"signature {index}: {exc.message}")
 
-    def paths(self, material: Material, now: datetime) -> tuple[CertifiedKey, ...]:
-        """Return what each authority says about a chain.
+    def paths(self, index: int, material: Material, now: datetime, effort: Effort) -> tuple[CertifiedKey, ...]:
+        """Return what each authority says about the chain of a signature.
 
         Raises:
             BadSignatureError: a certificate is malformed.
@@ -168,15 +175,15 @@ class _Bench:
         found, problems = [], []
         for store in self.authorities:
             try:
-                found.append(certify_under(store, material, self.effort, at=now, now=now))
+                found.append(certify_under(store, material, effort, at=now, now=now))
             except UntrustedSignerError as exc:
                 problems.append(exc.message)
-            if self.effort.spent:
+            if effort.spent:
                 break
         if not found:
             raise UntrustedSignerError("; ".join(dict.fromkeys(problems)))
-        if self.effort.spent:
-            self.notes.append(f"not every trust store was asked about a certificate: {SPENT}")
+        if effort.spent:
+            self.notes.append(f"signature {index}: not every trust store was asked about its certificate: {SPENT}")
         return tuple(found)
 
 

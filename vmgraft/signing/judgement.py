@@ -24,6 +24,7 @@ from vmgraft.signing.rollback import rollback_problem
 from vmgraft.signing.rules import SignatureRule, Vouch
 from vmgraft.signing.standing import Standing, reasons, take_stand
 from vmgraft.signing.statement import CONTENT_SUBJECT, Statement
+from vmgraft.signing.supplements import first_clash
 from vmgraft.signing.times import format_time
 
 
@@ -101,6 +102,8 @@ class Judgement:
         if not expired_count:
             trusted -= standing.expired.keys()
         self.run.trusted = frozenset(vouch.key for vouch in trusted)
+        known = [named for named in self.policy.keys if named.key in self.run.trusted]
+        self.run.named = tuple((named.key.keyid, named.name) for named in known)
         certified = [standing.certified[vouch] for vouch in trusted if vouch in standing.certified]
         self.run.certified = tuple(sorted(certified, key=lambda item: (item.keyid, item.authority)))
 
@@ -231,6 +234,8 @@ class Judgement:
         if clash is not None:
             (one, a), (other, b) = claims[clash[0]], claims[clash[1]]
             problem = f"{one} claims {a} and {other} claims {b}"
+        else:
+            problem = first_clash([(found.entry.id, found.manifest.document) for found in self.run.found])
         self.run.settle("conflicts", CapabilityError, problem, "no two extensions claim the same range")
 
     def _required(self, statement: Statement) -> None:  # 16

@@ -17,6 +17,7 @@ from vmgraft.signing.keyfiles import OTHER_SCHEMES, PassphraseSource, key_path, 
 from vmgraft.signing.keys import MAX_PEM, is_encrypted, public_from_pem
 from vmgraft.signing.pkcs8 import FEW_ROUNDS, pbkdf2_rounds
 from vmgraft.signing.times import format_time
+from vmgraft.words import counted
 
 if TYPE_CHECKING:
     from cryptography import x509
@@ -143,7 +144,9 @@ def _private_warnings(path: Path, data: bytes) -> list[str]:
         return notes
     rounds = pbkdf2_rounds(data)
     if rounds is not None and rounds < FEW_ROUNDS:
-        notes.append(f"the passphrase is stretched by {rounds} rounds of PBKDF2 only: it must be long to be of use")
+        notes.append(
+            f"the passphrase is stretched by {counted(rounds, 'round')} of PBKDF2 only: it must be long to be of use"
+        )
     return notes
 
 

@@ -25,6 +25,7 @@ from cryptography.hazmat.primitives.asymmetric import ec, ed25519, padding, rsa
 
 from vmgraft.errors import BadSignatureError, FileError, UnsupportedError, UsageError, VmgraftError
 from vmgraft.signing.pkcs8 import costly, encrypt_pkcs8
+from vmgraft.words import counted
 
 try:
     from cryptography.hazmat.primitives.asymmetric import mldsa
@@ -42,6 +43,8 @@ GENERATED_KINDS = ("p256", "p384", "ed25519", "rsa3072", "rsa4096", "mldsa65")
 MIN_RSA_BITS = 3072
 #: Largest RSA modulus accepted, in bits: verification time grows with its square.
 MAX_RSA_BITS = 8192
+#: Length of an ML-DSA-65 signature, in bytes (FIPS 204, table 2).
+MLDSA65_SIGNATURE = 3309
 #: Largest PEM accepted, in bytes.
 MAX_PEM = 64 * 1024
 
@@ -105,6 +108,14 @@ class PublicKey:
             return f"{self.keyid} is a P-384 key: not every verifier of these signatures takes it"
         return None
 
+    def may_have_made(self, signature: bytes) -> bool:
+        """Tell whether a signature is as long as this key's are; that costs nothing."""
+        if self.kind in ("p256", "p384"):
+            return len(signature) <= 2 * ((self.bits + 7) // 8) + 8  # SEQUENCE, and two INTEGERs with a sign each
+        if self.kind == "rsa":
+            return len(signature) == (self.bits + 7) // 8
+        return len(signature) == (64 if self.kind == "ed25519" else MLDSA65_SIGNATURE)
+
     def verify(self, message: bytes, signature: bytes) -> bool:
         """Tell whether the signature over the message is this key's."""
         key = self._key
@@ -141,7 +152,7 @@ class PublicKey:
         elif isinstance(key, rsa.RSAPublicKey):
             hint = f"PKCS#1 v1.5 over SHA-256 of the whole message, not PSS; {hint}"
         raise BadSignatureError(
-            f"the signature of {len(signature)} bytes that {by} made does not verify with {self.keyid}",
+            f"the signature of {counted(len(signature), 'byte')} that {by} made does not verify with {self.keyid}",
             field="key",
             hint=hint,
         )

@@ -12,9 +12,11 @@ from vmgraft.errors import GraftFormatError, UsageError, VmgraftError
 from vmgraft.schemas import strict_json, validate
 from vmgraft.signing.capabilities import Capability, first_overlap, parse_capability
 from vmgraft.signing.contract import Limits
+from vmgraft.signing.supplements import FileEntry, check_supplements, file_entries
+from vmgraft.signing.virtio import check_virtio
 
-#: Largest manifest accepted, in bytes.
-MAX_MANIFEST = 64 * 1024
+#: Largest manifest accepted, in bytes; a list of 1024 files takes most of it.
+MAX_MANIFEST = 256 * 1024
 
 #: JSON name of each field of ``Limits``.
 LIMIT_NAMES = {
@@ -35,6 +37,7 @@ class Manifest:
         capabilities: The claims, in the order declared; none overlaps another.
         limits: The quotas asked for, defaults filled in.
         module: File name of the WebAssembly module, or None where the extension has none.
+        files: Further files, in the order in which their bytes are stored.
         on_fault: ``stop``, ``detach`` or ``restart(n)``.
     """
 
@@ -49,6 +52,7 @@ class Manifest:
     on_fault: str
     capabilities: tuple[Capability, ...]
     limits: Limits
+    files: tuple[FileEntry, ...] = ()
 
 
 def limits_from(document: Mapping[str, int]) -> Limits:
@@ -77,7 +81,8 @@ def manifest_from(
     """Check a parsed manifest (from JSON or TOML) and return it.
 
     Raises:
-        VmgraftError: (of class ``error``) the schema, a capability's bounds, or two claims that overlap.
+        VmgraftError: (of class ``error``) the schema, a capability's bounds, two claims that overlap, or files and
+            supplements that do not fit together.
     """
     validate("manifest", document, file=file, error=error)
     claims = tuple(parse_capability(text, file=file, error=error) for text in document.get("capabilities", []))
@@ -85,6 +90,8 @@ def manifest_from(
     if clash is not None:
         pair = f"{claims[clash[0]]} and {claims[clash[1]]}"
         raise error(f"two claims overlap: {pair}", file=file, field="capabilities")
+    check_supplements(document, claims, file=file, error=error)
+    check_virtio(document, claims, file=file, error=error)
     return Manifest(
         document=document,
         id=document["id"],
@@ -97,6 +104,7 @@ def manifest_from(
         on_fault=document.get("onFault", "stop"),
         capabilities=claims,
         limits=limits_from(document.get("limits", {})),
+        files=file_entries(document),
     )
 
 
@@ -106,7 +114,7 @@ def parse_manifest(
     """Parse a manifest as it stands in a record.
 
     Args:
-        data: UTF-8 JSON, at most 64 KiB.
+        data: UTF-8 JSON, at most 256 KiB.
         file: What to name in the error.
         error: Error class to raise.
 

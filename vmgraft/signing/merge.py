@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from os import PathLike
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from cryptography.hazmat.primitives.asymmetric.utils import encode_dss_signature
 
@@ -24,7 +24,10 @@ from vmgraft.signing.bundles import signature_material
 from vmgraft.signing.dsse import MAX_SIGNATURE_BYTES, MAX_SIGNATURES, Envelope, Signature, parse_envelope, serialise
 from vmgraft.signing.keys import PublicKey
 from vmgraft.signing.material import Material
-from vmgraft.signing.times import CLOCK_SKEW
+from vmgraft.signing.times import CLOCK_SKEW, later
+
+if TYPE_CHECKING:
+    from cryptography import x509
 
 #: Largest file with one signature, in bytes: base64 with line ends is longer than the signature.
 MAX_SIGNATURE_FILE: Final = 2 * MAX_SIGNATURE_BYTES
@@ -114,7 +117,7 @@ def signer_of(
         raise BadSignatureError(f"signature {index} names {named.keyid} and is not its", file=file)
     material = signature_material(signature, index, file=file)
     if vouchers.roots and material.certificates:
-        return _certified(envelope, signature, material, vouchers, now)
+        return _certified(envelope, index, material, vouchers, now=now, file=file)
     what = "certificate" if material.certificates else "key"
     hint = "--public-key names who made it"
     if material.certificates:
@@ -125,22 +128,45 @@ def signer_of(
 
 
 def _certified(
-    envelope: Envelope, signature: Signature, material: Material, vouchers: Vouchers, now: datetime
+    envelope: Envelope, index: int, material: Material, vouchers: Vouchers, *, now: datetime, file: _PathOrNone
 ) -> PublicKey:
-    from vmgraft.signing.certificates import Authority, certify, leaf_key
+    from vmgraft.signing.certificates import Authority, certify
+    from vmgraft.signing.paths import load_roots, parse_certificate
+
+    signature, problem = envelope.signatures[index], ""
+    try:
+        parsed = [parse_certificate(der) for der in material.certificates]
+        leaf = _leaf_of(envelope, signature, material)
+        for at in _moments(signature, material, vouchers, now):
+            found = certify(material.certificates, [Authority("--ca", vouchers.roots)], at=at, now=now)
+            if found.expired is None:
+                return leaf
+            problem = found.expired
+    except (BadSignatureError, UntrustedSignerError) as exc:
+        exc.message, exc.file = f"signature {index}: {exc.message}", None if file is None else str(file)
+        if "no trusted path" in exc.message:
+            exc.hint = _missing(parsed, load_roots(vouchers.roots))
+        raise
+    hint = "a timestamp from when it was valid helps, with --tsa-ca naming the root of its authority"
+    raise ExpiredError(f"signature {index}: {problem}", file=file, field="certificate", hint=hint)
+
+
+def _leaf_of(envelope: Envelope, signature: Signature, material: Material) -> PublicKey:
+    """Return the key of the leaf beside a signature, which it must have made."""
+    from vmgraft.signing.certificates import leaf_key
 
     leaf = leaf_key(material.certificates)
     if not leaf.verify(envelope.pae, signature.sig):
         raise BadSignatureError("the signature is not by the key of the certificate beside it", field="certificate")
-    authorities = [Authority("--ca", vouchers.roots)]
-    problem = ""
-    for at in _moments(signature, material, vouchers, now):
-        found = certify(material.certificates, authorities, at=at, now=now)
-        if found.expired is None:
-            return leaf
-        problem = found.expired
-    hint = "a timestamp from when it was valid helps, with --tsa-ca naming the root of its authority"
-    raise ExpiredError(problem, field="certificate", hint=hint)
+    return leaf
+
+
+def _missing(chain: Sequence[x509.Certificate], roots: Sequence[x509.Certificate]) -> str:
+    """Say what may complete a chain that leads to none of the roots."""
+    if {root.subject for root in roots}.isdisjoint(certificate.issuer for certificate in chain):
+        last = chain[-1].issuer.rfc4514_string()[:200]
+        return f"--intermediates completes the chain: the certificate of {last!r} is missing; or --ca names its root"
+    return "--ca names the root that the certificate leads to, and it must be one for signing code"
 
 
 def _moments(signature: Signature, material: Material, vouchers: Vouchers, now: datetime) -> Iterator[datetime]:
@@ -155,7 +181,7 @@ def _moments(signature: Signature, material: Material, vouchers: Vouchers, now: 
             stated = verify_timestamp(token, signature.sig, [TimestampAuthority("--tsa-ca", vouchers.tsa_roots)])
         except (BadSignatureError, UntrustedSignerError):
             continue
-        if stated <= now + CLOCK_SKEW:  # what is from the future proves nothing about today
+        if stated <= later(now, CLOCK_SKEW):  # what is from the future proves nothing about today
             yield stated
 
 

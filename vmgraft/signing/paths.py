@@ -7,6 +7,7 @@ authorities). What that profile leaves open, or answers for TLS, is decided here
 * name constraints: the library applies those on DNS names, addresses and mailboxes to subject alternative names; an
   ``emailAddress`` in a subject is held against those on mailboxes here. Constraints of another kind (directory names,
   URIs) it cannot apply; a path with one is refused, also where the extension is not critical;
+* size: more names, name constraints or DER elements than any certificate needs are refused (``weight``);
 * keys: RSA of 3072 bits or more on the whole path, root included; SHA-1 and DSA have no place in the library.
 """
 
@@ -26,8 +27,9 @@ from cryptography.x509 import verification
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from vmgraft.errors import BadSignatureError
-from vmgraft.signing.effort import SPENT, Effort
+from vmgraft.signing.effort import COMPARISONS, SPENT, Effort
 from vmgraft.signing.identities import alternative_names
+from vmgraft.signing.weight import Weight, weigh
 
 if TYPE_CHECKING:
     from cryptography.x509.verification import ExtensionPolicy, Policy
@@ -43,6 +45,9 @@ DEVELOPMENT: Final = "DEVELOPMENT ONLY (vmgraft dev-ca)"
 
 #: What the library says when a hostile set of certificates makes it try too many paths.
 TOO_COSTLY: Final = "Exceeded maximum"
+
+#: Said without asking the library, of chains that have nothing to do with an authority.
+UNRELATED: Final = "no root of it has the name of an issuer in the chain"
 
 #: What the library raises beside ValueError for what is not well-formed.
 X509_ERRORS: Final = (x509.DuplicateExtension, x509.InvalidVersion, x509.UnsupportedGeneralNameType)
@@ -69,16 +74,20 @@ CODE_SIGNING: Final = Purpose("codeSigning", ExtendedKeyUsageOID.CODE_SIGNING)
 TIME_STAMPING: Final = Purpose("timeStamping", ExtendedKeyUsageOID.TIME_STAMPING, sole=True)
 
 
+@lru_cache(maxsize=256)  # more than travel with one envelope: each is parsed once, whatever the number of stores
 def parse_certificate(der: bytes) -> x509.Certificate:
     """Parse one certificate, all of it: parts are otherwise parsed when they are first used.
 
     Raises:
-        BadSignatureError: it is malformed.
+        BadSignatureError: it is malformed, or there is too much in it (``weight``).
     """
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # what a future release refuses is refused now
         try:
-            certificate = x509.load_der_x509_certificate(der)
+            certificate = x509.load_der_x509_certificate(der)  # its frame alone, so far
+            problem = weigh(certificate).problem
+            if problem is not None:
+                raise BadSignatureError(f"a certificate has {problem}", field="certificate")
             certificate.subject.rfc4514_string()
             certificate.issuer.rfc4514_string()
             alternative_names(certificate)
@@ -93,9 +102,14 @@ def load_roots(roots: Sequence[bytes]) -> list[x509.Certificate]:
     return [_load(der) for der in roots]
 
 
-@lru_cache(maxsize=128)
+@lru_cache(maxsize=4096)  # a policy has up to 2048
 def _load(der: bytes) -> x509.Certificate:
     return x509.load_der_x509_certificate(der)
+
+
+@lru_cache(maxsize=4096)
+def _root_name(root: x509.Certificate) -> bytes:
+    return weigh.__wrapped__(root).subject
 
 
 def is_development(chain: Sequence[x509.Certificate]) -> bool:
@@ -116,8 +130,7 @@ def ever_valid(
     Where there is such a path, it is valid at the moment when the last of its certificates begins.
     """
     leaf, effort = parsed[0], effort or Effort()
-    names = {certificate.issuer for certificate in parsed}
-    if all(root.subject not in names for root in roots):
+    if not _may_lead(parsed, roots):
         return None
     begins = {certificate.not_valid_before_utc for certificate in (*parsed, *roots)}
     for moment in sorted(begin for begin in begins if leaf.not_valid_before_utc <= begin <= leaf.not_valid_after_utc):
@@ -127,6 +140,12 @@ def ever_valid(
         if TOO_COSTLY in chain:  # and would be at every other moment
             return None
     return None
+
+
+def _may_lead(parsed: Sequence[x509.Certificate], roots: Sequence[x509.Certificate]) -> bool:
+    """Tell whether a path can end at one of the roots: names say so before any signature is checked."""
+    names = {weigh(certificate).issuer for certificate in parsed}
+    return any(_root_name(root) in names for root in roots)
 
 
 def validate(
@@ -143,10 +162,13 @@ def validate(
         roots: Trust anchors.
         at: The time.
         purpose: What the leaf must be for.
-        effort: What this adds to; the first chain that is too costly ends all others.
+        effort: What this adds to; a chain that is too costly uses all of it up.
     """
+    if not _may_lead(parsed, roots):
+        return UNRELATED
     effort = effort or Effort()
-    if not effort.begin():
+    below = sum(weigh(certificate).names for certificate in parsed)
+    if not effort.step(_cost(weigh(parsed[0]), below)):
         return SPENT
     try:
         builder = (
@@ -154,7 +176,7 @@ def validate(
             .store(verification.Store(list(roots)))
             .time(at)
             .max_chain_depth(MAX_DEPTH)
-            .extension_policies(ca_policy=_authority_rules(purpose, effort), ee_policy=_leaf_rules(purpose))
+            .extension_policies(ca_policy=_authority_rules(purpose, effort, below), ee_policy=_leaf_rules(purpose))
         )
         chain = list(builder.build_client_verifier().verify(parsed[0], list(parsed[1:])).chain)
         return _problem(chain) or chain
@@ -162,6 +184,11 @@ def validate(
         reason = SPENT if effort.spent else _plain(str(exc))
         effort.spent = TOO_COSTLY in reason
         return reason
+
+
+def _cost(certificate: Weight, below: int) -> int:
+    """Return the steps that a certificate takes: its name constraints are held against the names below it."""
+    return 1 + certificate.constraints * below // COMPARISONS
 
 
 def _plain(message: str) -> str:
@@ -185,9 +212,9 @@ def _leaf_rules(purpose: Purpose) -> ExtensionPolicy:
     )
 
 
-def _authority_rules(purpose: Purpose, effort: Effort) -> ExtensionPolicy:
+def _authority_rules(purpose: Purpose, effort: Effort, below: int) -> ExtensionPolicy:
     rules = verification.ExtensionPolicy.webpki_defaults_ca()
-    return rules.may_be_present(x509.ExtendedKeyUsage, _ANY, _authority_usage(purpose, effort))
+    return rules.may_be_present(x509.ExtendedKeyUsage, _ANY, _authority_usage(purpose, effort, below))
 
 
 def _leaf_usage(purpose: Purpose) -> Callable[[Policy, x509.Certificate, x509.ExtendedKeyUsage], None]:
@@ -201,10 +228,11 @@ def _leaf_usage(purpose: Purpose) -> Callable[[Policy, x509.Certificate, x509.Ex
 
 
 def _authority_usage(
-    purpose: Purpose, effort: Effort
+    purpose: Purpose, effort: Effort, below: int
 ) -> Callable[[Policy, x509.Certificate, x509.ExtendedKeyUsage | None], None]:
     def check(_policy: object, certificate: x509.Certificate, value: x509.ExtendedKeyUsage | None) -> None:
-        if not effort.step():  # asked of every candidate, before its signature is checked
+        # Asked of every candidate, before its signature is checked and its name constraints are applied.
+        if not effort.step(_cost(weigh(certificate), below)):
             raise ValueError(SPENT)
         key = certificate.public_key()
         if isinstance(key, rsa.RSAPublicKey) and key.key_size > MAX_RSA_BITS:

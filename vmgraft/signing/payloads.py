@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from vmgraft.errors import PayloadMismatchError
 from vmgraft.signing.contract import Evidence
 from vmgraft.signing.manifest import Manifest, parse_manifest
+from vmgraft.signing.signedfiles import SignedFiles
 from vmgraft.signing.statement import ExtensionEntry, Statement
 
 
@@ -20,10 +21,11 @@ class FoundExtension:
     manifest: Manifest
     module: bytes | None
     module_sha256: str | None
+    files: SignedFiles | None = None
 
 
 def find_extension(evidence: Evidence, statement: Statement, entry: ExtensionEntry) -> FoundExtension:
-    """Fetch one extension's manifest and module and compare them with the statement.
+    """Fetch one extension's manifest, module and files and compare them with statement and manifest.
 
     Raises:
         PayloadMismatchError: missing, other bytes than signed, or other facts in the manifest than in the statement.
@@ -44,10 +46,23 @@ def find_extension(evidence: Evidence, statement: Statement, entry: ExtensionEnt
     if (manifest.module is None) != (entry.module is None):
         message = "manifest and statement disagree whether there is a module"
         raise PayloadMismatchError(message, file=entry.manifest, field="module")
+    files = _find_files(evidence, statement, entry, manifest)
     if entry.module is None:
-        return FoundExtension(entry, manifest, None, None)
+        return FoundExtension(entry, manifest, None, None, files)
     digests = statement.subjects[entry.module]
-    return FoundExtension(entry, manifest, _fetch(evidence, entry.module, digests), digests["sha256"])
+    return FoundExtension(entry, manifest, _fetch(evidence, entry.module, digests), digests["sha256"], files)
+
+
+def _find_files(
+    evidence: Evidence, statement: Statement, entry: ExtensionEntry, manifest: Manifest
+) -> SignedFiles | None:
+    """Return the files of an extension, every one read and compared once; None where there are none."""
+    if not manifest.files and not entry.files:
+        return None
+    pieces = [(name, statement.subjects[name]) for name in entry.files]
+    files = SignedFiles(evidence, pieces, manifest.files, name=entry.manifest)
+    files.verify()
+    return files
 
 
 def _fetch(evidence: Evidence, name: str, digests: Mapping[str, str]) -> bytes:

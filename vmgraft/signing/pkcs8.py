@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import binascii
 import os
+import re
 from hashlib import pbkdf2_hmac
 from typing import Final
 
@@ -16,6 +17,8 @@ from typing import Final
 ROUNDS: Final = 600_000
 #: Most rounds read: some seconds.
 MAX_ROUNDS: Final = 10_000_000
+#: Most rounds read of the older schemes, whose rounds are slower here: some seconds too.
+MAX_OLD_ROUNDS: Final = 1_000_000
 #: Most memory that scrypt may ask for, in bytes (128 * N * r: RFC 7914, 2); OpenSSL writes keys that ask for 16 MiB.
 MAX_SCRYPT_MEMORY: Final = 64 << 20
 #: Most times that scrypt may fill it (p).
@@ -28,8 +31,10 @@ _PBKDF2: Final = bytes.fromhex("06092a864886f70d01050c")  # RFC 8018, A.2
 _SCRYPT: Final = bytes.fromhex("06092b06010401da47040b")  # RFC 7914, 7
 _HMAC_SHA256: Final = bytes.fromhex("06082a864886f70d0209")  # RFC 8018, B.1.2
 _AES256_CBC: Final = bytes.fromhex("060960864801650304012a")  # NIST CSOR, aes 42; RFC 8018, B.2.5
-_INTEGER, _OCTETS, _NULL, _SEQUENCE = 0x02, 0x04, b"\x05\x00", 0x30
+_INTEGER, _OCTETS, _NULL, _OBJECT, _SEQUENCE = 0x02, 0x04, b"\x05\x00", 0x06, 0x30
 _LABEL: Final = b"ENCRYPTED PRIVATE KEY"
+_BLOCKS: Final = re.compile(b"-----BEGIN " + _LABEL + b"-----([^-]*)-----END " + _LABEL + b"-----")
+_UNREADABLE: Final = "how the key is encrypted cannot be read: the file is damaged, or another program must open it"
 _BLOCK: Final = 16  # of AES, in bytes
 _SALT: Final = 16  # bytes
 
@@ -59,37 +64,64 @@ def encrypt_pkcs8(der: bytes, passphrase: bytes, *, rounds: int = ROUNDS) -> byt
 
 
 def costly(pem: bytes) -> str | None:
-    """Say why a passphrase should not be tried on an encrypted PKCS#8 key: it would keep us too busy; else None."""
-    if (pbkdf2_rounds(pem) or 0) > MAX_ROUNDS:
-        return f"the passphrase is stretched by more than {MAX_ROUNDS} rounds of PBKDF2"
-    cost, size, lanes = _derivation(pem, _SCRYPT, 3) or (0, 0, 0)
-    if 128 * cost * size > MAX_SCRYPT_MEMORY or lanes > MAX_SCRYPT_LANES:
-        most = f"{MAX_SCRYPT_MEMORY >> 20} MiB, {MAX_SCRYPT_LANES} times"
-        return f"the passphrase is stretched by scrypt, which asks for more than {most}"
-    return None
+    """Say why a passphrase should not be tried on an encrypted PKCS#8 key: it would keep us too busy; else None.
+
+    What cannot be read is not tried either: another reader might understand it. Keys in the older forms of OpenSSL are
+    not stretched at all (one round of MD5), and pass.
+    """
+    blocks = _BLOCKS.findall(pem)
+    if len(blocks) != pem.count(b"-----BEGIN " + _LABEL):
+        return _UNREADABLE
+    return next(filter(None, map(_costly_block, blocks)), None)
+
+
+def _costly_block(text: bytes) -> str | None:
+    found = _derivation(text)
+    if found is None:
+        return _UNREADABLE
+    function, numbers = found
+    if function == _SCRYPT:
+        cost, size, lanes = numbers
+        if 128 * cost * size > MAX_SCRYPT_MEMORY or lanes > MAX_SCRYPT_LANES:
+            most = f"{MAX_SCRYPT_MEMORY >> 20} MiB, {MAX_SCRYPT_LANES} times"
+            return f"the passphrase is stretched by scrypt, which asks for more than {most}"
+        return None
+    most_rounds, name = (MAX_ROUNDS, "PBKDF2") if function == _PBKDF2 else (MAX_OLD_ROUNDS, "PBES1 or PKCS#12")
+    return (
+        f"the passphrase is stretched by more than {most_rounds} rounds of {name}" if numbers[0] > most_rounds else None
+    )
 
 
 def pbkdf2_rounds(pem: bytes) -> int | None:
     """Return the PBKDF2 rounds of an encrypted PKCS#8 key, or None where it is something else or malformed."""
-    numbers = _derivation(pem, _PBKDF2, 1)
-    return None if numbers is None else numbers[0]
+    blocks = _BLOCKS.findall(pem)
+    found = _derivation(blocks[0]) if len(blocks) == 1 else None
+    return found[1][0] if found is not None and found[0] == _PBKDF2 else None
 
 
-def _derivation(pem: bytes, function: bytes, count: int) -> tuple[int, ...] | None:
-    """Return the first numbers behind the salt of a key derivation function; None where it is another or malformed."""
-    parts = pem.split(b"-----")
-    if len(parts) < 3 or parts[1] != b"BEGIN " + _LABEL:
-        return None
+def _derivation(text: bytes) -> tuple[bytes, tuple[int, ...]] | None:
+    """Return how a passphrase is stretched, and the numbers behind the salt; None where it cannot be read."""
     try:
-        der = base64.b64decode(b"".join(parts[2].split()), validate=True)
+        der = base64.b64decode(b"".join(text.split()), validate=True)
         scheme = _Reader(_Reader(der).read(_SEQUENCE)).read(_SEQUENCE)
-        body = _Reader(_Reader(scheme).after(_PBES2)).read(_SEQUENCE)
-        reader = _Reader(_Reader(_Reader(body).read(_SEQUENCE)).after(function))
-        fields = _Reader(reader.read(_SEQUENCE))
+        function, fields = _algorithm(scheme)
+        if function == _PBES2:
+            function, fields = _algorithm(fields.read(_SEQUENCE))
+            if function not in (_PBKDF2, _SCRYPT):
+                return None
         fields.read(_OCTETS)
-        return tuple(int.from_bytes(fields.read(_INTEGER), "big") for _ in range(count))
+        count = 3 if function == _SCRYPT else 1  # PBES1 and PKCS#12 (RFC 8018, A.3; RFC 7292, C): salt, rounds
+        numbers = tuple(int.from_bytes(fields.read(_INTEGER), "big", signed=True) for _ in range(count))
+        return (function, numbers) if min(numbers) > 0 else None
     except (binascii.Error, ValueError):
         return None
+
+
+def _algorithm(content: bytes) -> tuple[bytes, _Reader]:
+    """Return the encoded identifier of an algorithm, and its parameters."""
+    reader = _Reader(content)
+    identifier = _tlv(_OBJECT, reader.read(_OBJECT))
+    return identifier, _Reader(reader.read(_SEQUENCE))
 
 
 def _tlv(tag: int, content: bytes) -> bytes:
@@ -110,12 +142,6 @@ class _Reader:
 
     def __init__(self, data: bytes) -> None:
         self.data = data
-
-    def after(self, prefix: bytes) -> bytes:
-        """Return what follows an element that must be there."""
-        if not self.data.startswith(prefix):
-            raise ValueError("another algorithm")
-        return self.data[len(prefix) :]
 
     def read(self, tag: int) -> bytes:
         """Take an element off and return its content."""

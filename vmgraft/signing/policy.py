@@ -106,6 +106,7 @@ def _policy(document: Any, data: bytes, file: _PathOrNone, signed_by: tuple[str,
     reader = PolicyReader(file)
     keys = reader.keys(document["keys"])
     stores = reader.stores(document.get("trustStores", []))
+    entries = reader.trust_policies(document["trustPolicies"], keys, stores)
     expires = document.get("expires")
     return Policy(
         file=None if file is None else os.fspath(file),
@@ -114,9 +115,9 @@ def _policy(document: Any, data: bytes, file: _PathOrNone, signed_by: tuple[str,
         policy_version=document["policyVersion"],
         expires=None if expires is None else parse_time(expires, file=file, field="expires", error=PolicyError),
         keys=keys,
-        trust_policies=reader.trust_policies(document["trustPolicies"], keys, stores),
+        trust_policies=entries,
         revocations=reader.revocations(document.get("revocations", {}), keys),
         stores=stores,
-        auditors=reader.auditors(document.get("auditors", []), keys),
+        auditors=reader.auditors(document.get("auditors", []), keys, entries),
         signed_by=signed_by,
     )

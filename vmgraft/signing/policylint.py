@@ -12,7 +12,7 @@ from vmgraft.signing.contract import Limits
 from vmgraft.signing.manifest import LIMIT_NAMES, Manifest
 from vmgraft.signing.policymodel import Grant, Policy, TrustPolicy
 from vmgraft.signing.rules import SignatureRule, Vouch
-from vmgraft.signing.times import format_time
+from vmgraft.signing.times import format_time, later
 from vmgraft.signing.truststores import TrustStore
 
 #: What ends within this time is worth a warning.
@@ -46,7 +46,7 @@ def _endings(policy: Policy, now: datetime) -> Iterator[str]:
     """Say what has ended, or ends soon."""
     if policy.expires is not None and now >= policy.expires:
         yield f"the policy expired at {format_time(policy.expires)}: everything is refused"
-    elif policy.expires is not None and now + SOON > policy.expires:
+    elif policy.expires is not None and later(now, SOON) > policy.expires:
         yield f"the policy expires at {format_time(policy.expires)}"
     for store in policy.stores.values():
         yield from _store_endings(store, now)
@@ -63,7 +63,7 @@ def _store_endings(store: TrustStore, now: datetime) -> Iterator[str]:
         elif now < certificate.not_valid_before_utc:
             begin = format_time(certificate.not_valid_before_utc)
             yield f"{store.reference}: the certificate of {name!r} is not valid before {begin}"
-        elif now + SOON > end:
+        elif later(now, SOON) > end:
             yield f"{store.reference}: the certificate of {name!r} expires at {format_time(end)}"
     for der in store.crls:
         crl = x509.load_der_x509_crl(der)
@@ -72,7 +72,7 @@ def _store_endings(store: TrustStore, now: datetime) -> Iterator[str]:
             yield f"{store.reference}: the CRL of {name!r} does not say how long it is good: it counts as expired"
         elif now >= update:
             yield f"{store.reference}: the CRL of {name!r} expired at {format_time(update)}: its chains are refused"
-        elif now + SOON > update:
+        elif later(now, SOON) > update:
             yield f"{store.reference}: the CRL of {name!r} ends at {format_time(update)}"
 
 

@@ -16,6 +16,7 @@ from vmgraft.signing.policymodel import Grant, NamedKey, Revocations, TrustPolic
 from vmgraft.signing.rules import Signatory, SignatureRule
 from vmgraft.signing.scopes import ImageScope
 from vmgraft.signing.truststores import TrustStore, read_store
+from vmgraft.words import counted
 
 #: Accepts every name that an authority certifies; must stand alone in ``trustedIdentities``.
 ANY_IDENTITY = "*"
@@ -71,12 +72,19 @@ class PolicyReader:
             stores[store.reference] = store
         return stores
 
-    def auditors(self, references: list[str], keys: tuple[NamedKey, ...]) -> tuple[PublicKey, ...]:
-        """Return the keys that ``auditors`` names."""
+    def auditors(
+        self, references: list[str], keys: tuple[NamedKey, ...], entries: tuple[TrustPolicy, ...]
+    ) -> tuple[PublicKey, ...]:
+        """Return the keys that ``auditors`` names; one that signs images would vouch for itself."""
         known = _resolver(keys)
-        for reference in references:
+        for index, reference in enumerate(references):
             if reference not in known:
                 raise self.error(f"{reference!r} is not under 'keys'", "auditors", "add its PEM there")
+            signs = [i for i, entry in enumerate(entries) if known[reference] in entry.signatures.keys]
+            if signs:
+                message = f"{reference!r} is an auditor, and also signs images: trustPolicies[{signs[0]}].signatures"
+                hint = "an auditor's word stands for all signatures of a rule: give the auditor a key of its own"
+                raise self.error(message, f"auditors[{index}]", hint)
         return tuple(dict.fromkeys(known[reference] for reference in references))
 
     def trust_policies(
@@ -177,7 +185,7 @@ class PolicyReader:
         any_places = resolve(any_of["of"], "anyOf.of")
         minimum = any_of["minimumMatches"]
         if minimum > len(any_places):
-            message = f"{minimum} of {len(any_places)} different keys can never sign"
+            message = f"{minimum} must sign, of {counted(len(any_places), 'different key')}: that can never hold"
             hint = "one key counts once, whatever its names, and one 'ca:' is one place"
             raise self.error(message, f"{where}.anyOf.minimumMatches", hint)
         return SignatureRule(all_places, any_places, minimum)

@@ -6,6 +6,7 @@ The steps are those of ``verify``, under the same numbers, with these difference
   recently. The signatures in the image, their certificates and their timestamps are not looked at.
 * 6 ``content``: the guest content also has the digests that the auditor read, whatever the statement is bound to.
 * 8 ``authenticity``: the auditor judged by the same trust policy (its entry, not only the file) that applies here.
+  Where that one's level only logs who signed, so is it here: the summary does not say how it ended.
 """
 
 from __future__ import annotations
@@ -17,9 +18,9 @@ from vmgraft.signing.contract import Check, Evidence, Report, Status
 from vmgraft.signing.integrity import CHECKS, Run
 from vmgraft.signing.judgement import Judgement
 from vmgraft.signing.memory import Memory
-from vmgraft.signing.policymodel import Policy
+from vmgraft.signing.policymodel import LOGGED, Policy
 from vmgraft.signing.times import format_time, require_zone
-from vmgraft.signing.vsa import Summary, SummaryDemand
+from vmgraft.signing.vsa import STRICT, Summary, SummaryDemand, refuse_signer
 
 
 class SummaryRun(Run):
@@ -34,13 +35,18 @@ class SummaryRun(Run):
         if self.envelope is None:
             return False
         try:
-            summary = self.summary = self._demand.accept(self._trusting, self.envelope.payload, self.now)
+            summary = self._demand.accept(self._trusting, self.envelope.payload, self.now)
+            refuse_signer(summary.auditor, (*self._demand.auditors, *self._trusting.auditors), self.envelope)
+            self.summary = summary
         except VmgraftError as exc:
             self.fail("signature", exc)
             return False
         who = f"{summary.auditor} ({summary.verifier})"
         self.checks["signature"] = Check("signature", Status.PASS, f"summary of {format_time(summary.time)} by {who}")
         self.warnings.append(f"the signatures in the image were not checked: the auditor {summary.auditor} did")
+        if summary.levels != (STRICT,):
+            level = ", ".join(summary.levels)
+            self.warnings.append(f"the auditor says {level}: what that level only logs may have failed there")
         return True
 
     def _content_check(self) -> None:  # 6
@@ -77,9 +83,10 @@ class _RelyingJudgement(Judgement):
             hint = "name: scopes look at the file's name; ask for a summary of the image under the name it has here"
             self.run.fail("authenticity", UntrustedSignerError(problem, hint=hint))
             return
-        self.run.checks["authenticity"] = Check(
-            "authenticity", Status.PASS, "signed as the policy demands, says the auditor"
-        )
+        good, unsaid = "signed as the policy demands, says the auditor", None
+        if "authenticity" in LOGGED[chosen.level] and chosen.logs("authenticity"):
+            unsaid = "signed by somebody whom the policy knows, says the auditor; whether as it demands is only logged"
+        self.run.settle("authenticity", UntrustedSignerError, unsaid, good)
 
 
 def verify_by_summary(

@@ -54,6 +54,7 @@ def report_document(report: Report) -> dict[str, Any]:
         "checks": [check.to_dict() for check in report.checks],
         "policy": report.policy,
         "signers": list(report.signers),
+        "signerNames": dict(report.named),
         "certified": [signer.to_dict() for signer in report.certified],
         "statement": report.statement,
         "extensions": [_extension(extension) for extension in report.extensions],

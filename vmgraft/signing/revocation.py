@@ -21,7 +21,7 @@ from cryptography.hazmat.primitives import hashes
 
 from vmgraft.errors import BadSignatureError
 from vmgraft.signing.paths import X509_ERRORS
-from vmgraft.signing.times import format_time
+from vmgraft.signing.times import format_time, later
 
 #: A certificate or CRL that ends within this time is worth a warning.
 SOON: Final = timedelta(days=30)
@@ -96,7 +96,7 @@ def _look_up(
     if all(stale):
         return _stale(newest, now, above), None
     end = max(crl.next_update_utc for crl, problem in zip(mine, stale, strict=True) if not problem)  # type: ignore[type-var]  # one without an end is stale
-    soon = f"the CRL of {above!r} ends {format_time(end)}" if end is not None and end < now + SOON else None
+    soon = f"the CRL of {above!r} ends {format_time(end)}" if end is not None and end < later(now, SOON) else None
     return None, soon
 
 

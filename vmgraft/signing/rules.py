@@ -11,6 +11,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from vmgraft.signing.keys import PublicKey
+from vmgraft.words import counted
 
 #: A public key, or the name of a trust store of type ``ca``.
 Signatory = PublicKey | str
@@ -77,7 +78,7 @@ class SignatureRule:
             return "different keys must have signed for each of " + ", ".join(map(label, places))
         found = filled(sorted(self.any_of, key=label), signed)
         if found < self.minimum:
-            return f"signed by {found} of the {len(self.any_of)} keys of which {self.minimum} must sign"
+            return f"signed by {found} of the {counted(len(self.any_of), 'key')} of which {self.minimum} must sign"
         return None
 
     def missing(self, signed: Collection[Vouch]) -> tuple[str, ...]:

@@ -15,14 +15,15 @@ from typing import TYPE_CHECKING
 
 from vmgraft.errors import UntrustedSignerError, VmgraftError
 from vmgraft.signing.contract import CertifiedSigner
-from vmgraft.signing.effort import Effort
+from vmgraft.signing.effort import Budget
 from vmgraft.signing.judge import Certified, Signers, certify_under
 from vmgraft.signing.policymodel import Policy, TrustPolicy
 from vmgraft.signing.rules import Vouch
-from vmgraft.signing.times import CLOCK_SKEW, format_time
+from vmgraft.signing.times import CLOCK_SKEW, format_time, later
 
 if TYPE_CHECKING:
     from vmgraft.signing.certificates import CertifiedKey
+    from vmgraft.signing.timestamps import Timestamp
 
 
 @dataclass(slots=True)
@@ -48,7 +49,7 @@ class Standing:
 
 def take_stand(signers: Signers, policy: Policy, entry: TrustPolicy, now: datetime) -> Standing:
     """Judge valid signatures under a trust policy."""
-    judge = _Judge(policy, entry, now, signers.effort)
+    judge = _Judge(policy, entry, now, signers.budget)
     standing = judge.standing
     standing.signed |= {Vouch(key) for key in signers.valid}
     for item in signers.certified:
@@ -66,7 +67,7 @@ class _Judge:
     policy: Policy
     entry: TrustPolicy
     now: datetime
-    effort: Effort
+    budget: Budget
     standing: Standing = field(default_factory=Standing)
 
     def certified(self, item: Certified) -> None:
@@ -104,25 +105,26 @@ class _Judge:
             subject=path.name,
             sans=path.sans,
             not_after=format_time(path.not_after),
-            timestamp=None if seen is None else format_time(seen),
+            timestamp=None if seen is None else format_time(seen.time),
+            timestamp_authority=None if seen is None else seen.authority,
         )
 
-    def at_proven_time(self, item: Certified, path: CertifiedKey) -> tuple[CertifiedKey, datetime | None]:
+    def at_proven_time(self, item: Certified, path: CertifiedKey) -> tuple[CertifiedKey, Timestamp | None]:
         """Judge an expired chain again, at the first trusted timestamp that falls into its validity."""
         store = self.policy.stores[f"ca:{path.authority}"]
-        for when in self.times(item):
+        for stamp in self.times(item):
             try:
-                judged = partial(certify_under, store, item.material, self.effort, at=when, now=self.now)
-                again = self.effort.once((store.name, item.material.certificates, when), judged)
+                judged = partial(certify_under, store, item.material, at=stamp.time, now=self.now)
+                again = self.budget.once(item.index, (store.name, item.material.certificates, stamp.time), judged)
             except UntrustedSignerError as exc:
                 self.standing.notes.append(f"signature {item.index} at the time of its timestamp: {exc.message}")
                 break
             if again.expired is None:
-                return again, when
+                return again, stamp
         return path, None
 
-    def times(self, item: Certified) -> list[datetime]:
-        """Return when trusted timestamp authorities saw a signature, in order."""
+    def times(self, item: Certified) -> list[Timestamp]:
+        """Return what trusted timestamp authorities say about when they saw a signature, in order of time."""
         from vmgraft.signing.timestamps import TimestampAuthority, examine_timestamp
 
         where, notes = f"the timestamp of signature {item.index}", self.standing.notes
@@ -131,20 +133,21 @@ class _Judge:
             notes.append(f"{where} is not looked at: the trust policy names no timestamp authority")
             return []
         authorities = [TimestampAuthority(store.name, store.roots) for store in stores]
-        times = []
+        times: list[Timestamp] = []
         for token in item.material.timestamps:
+            question = (token, item.signature, tuple(store.reference for store in stores))
             try:
-                examined = partial(examine_timestamp, token, item.signature, authorities, self.effort)
-                stamp = self.effort.once((token, item.signature), examined)
+                examined = partial(examine_timestamp, token, item.signature, authorities)
+                stamp = self.budget.once(item.index, question, examined)
             except VmgraftError as exc:
                 notes.append(f"{where} does not count: {exc.message}")
                 continue
-            if stamp.time > self.now + CLOCK_SKEW:
+            if stamp.time > later(self.now, CLOCK_SKEW):
                 notes.append(f"{where} does not count: it is from the future ({format_time(stamp.time)})")
             else:
-                times.append(stamp.time)
+                times.append(stamp)
                 notes += [note for note in stamp.warnings if note not in notes]
-        return sorted(times)
+        return sorted(times, key=lambda stamp: stamp.time)
 
 
 def reasons(problems: Mapping[Vouch, str], vouches: set[Vouch]) -> str:

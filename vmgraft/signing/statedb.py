@@ -232,7 +232,7 @@ def _translate(exc: Exception, path: Path) -> StateError:
     if primary in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
         return StateError("another process holds it for too long", file=path, hint="is a vmgraft process stuck?")
     if primary in (sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_PERM):
-        hint = "SQLite must be able to write to the file and its folder, also to read it; or --state FILE"
+        hint = "`run` writes to the file; SQLite makes files beside it even to read it. Or another place: --state FILE"
         return StateError(f"it cannot be opened or written: {exc}", file=path, hint=hint)
     if primary in (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR):
         return StateError(f"it cannot be written: {exc}", file=path, hint="is the disk full?")

@@ -17,9 +17,13 @@ from pathlib import Path
 from typing import Final
 
 from vmgraft.errors import StateError
+from vmgraft.signing.ownership import others_can_write, unknown_owner
+from vmgraft.words import size_words
 
 #: Largest database accepted, in bytes; one entry takes about 400.
 MAX_STATE: Final = 64 << 20
+#: Most symbolic links on the way to it, as on Linux (path_resolution(7)).
+MAX_LINKS: Final = 40
 #: Seconds to wait for another process that makes a database in the same folder, which takes milliseconds.
 LOCK_SECONDS: Final = 10.0
 #: What SQLite keeps beside a database (sqlite.org/tempfiles.html, 2.1 to 2.3).
@@ -69,7 +73,7 @@ def check_file(path: Path) -> None:
     found = _lstat(path)
     _check_entry(path, found)
     if found.st_size > MAX_STATE:
-        raise StateError(f"it has {found.st_size} bytes, more than {MAX_STATE}", file=path)
+        raise StateError(f"it has more than {size_words(MAX_STATE)}", file=path)
     if found.st_size == 0:
         raise StateError("it is empty: what it remembered is lost", file=path, hint=RESTORE)
     for ending in COMPANIONS:
@@ -134,17 +138,56 @@ def _check_folder(folder: Path) -> None:
         raise StateError(f"the folder belongs to uid {found.st_uid}", file=folder, hint="use a folder of your own")
     if found.st_mode & 0o022:
         raise StateError("others can write to the folder", file=folder, hint=f"chmod 700 {folder}")
-    real = Path(os.path.realpath(folder))
-    for part in dict.fromkeys((folder.absolute(), *folder.absolute().parents, *real.parents)):
-        _check_ancestor(part, _lstat(part))
+    unknown = unknown_owner()
+    if unknown == os.geteuid():
+        message = "this user namespace knows no owners: what is ours and what is not looks the same"
+        raise StateError(message, file=folder, hint="map a user into it, as unshare --map-current-user does")
+    for part, how in _way(folder.absolute()):
+        _check_ancestor(part, how, unknown)
 
 
-def _check_ancestor(part: Path, found: os.stat_result) -> None:
-    """Refuse a folder, or a link to one, through which others could put another folder in place of ours."""
-    if found.st_uid not in (os.geteuid(), 0):
+def _way(folder: Path) -> Iterator[tuple[Path, os.stat_result]]:
+    """Return each folder and each link that the kernel passes on the way to a folder, as they are themselves.
+
+    A link in the middle, in a folder that is on the way by that link alone, leads elsewhere for whoever can change it.
+    """
+    here, steps, links = Path(folder.anchor), list(reversed(folder.parts[1:])), 0
+    yield here, _lstat(here)
+    while steps:
+        step = steps.pop()
+        part = here.parent if step == os.pardir else here / step
+        how = _lstat(part)
+        yield part, how
+        if not stat.S_ISLNK(how.st_mode):
+            here = part
+            continue
+        links += 1
+        if links > MAX_LINKS:
+            raise StateError("too many symbolic links on the way to the rollback memory", file=folder)
+        target = _target(part)
+        here = Path(target.anchor) if target.is_absolute() else here
+        steps += reversed(target.parts[1:] if target.is_absolute() else target.parts)
+
+
+def _target(link: Path) -> Path:
+    try:
+        return link.readlink()
+    except OSError as exc:
+        raise _refused(link, exc) from exc
+
+
+def _check_ancestor(part: Path, found: os.stat_result, unknown: int | None) -> None:
+    """Refuse a folder, or a link to one, through which others could put another folder in place of ours.
+
+    Whose a folder is that belongs to somebody outside of a user namespace cannot be seen in it; such a one, as ``/`` is
+    in a rootless container, counts as the system's.
+    """
+    if found.st_uid not in (os.geteuid(), 0, unknown):
         hint = "name a place below folders of your own or root's: --state FILE"
         raise StateError(f"a folder above the rollback memory belongs to uid {found.st_uid}", file=part, hint=hint)
-    if not stat.S_ISLNK(found.st_mode) and found.st_mode & 0o022 and not found.st_mode & stat.S_ISVTX:
+    if stat.S_ISLNK(found.st_mode) or found.st_mode & stat.S_ISVTX:
+        return
+    if others_can_write(part, found):
         hint = f"chmod go-w {part}; or another place: --state FILE"
         raise StateError("others can write to a folder above the rollback memory", file=part, hint=hint)
 

@@ -20,6 +20,7 @@ from vmgraft.schemas import strict_json, validate
 from vmgraft.signing.capabilities import first_overlap
 from vmgraft.signing.contract import ContentNames
 from vmgraft.signing.manifest import Manifest, parse_manifest
+from vmgraft.signing.supplements import MAX_FILES_BYTES, PIECE, first_clash
 from vmgraft.signing.times import format_time, parse_time
 
 STATEMENT_TYPE = "https://in-toto.io/Statement/v1"
@@ -33,6 +34,8 @@ MAX_STATEMENT = 1024 * 1024
 MAX_UNKNOWN = 32
 #: Most extensions in one statement.
 MAX_EXTENSIONS = 64
+#: Most pieces of files an extension has.
+MAX_PIECES = MAX_FILES_BYTES // PIECE
 
 _CRITICAL = ("binding", "extensions")
 _PREDICATE = frozenset({"formatVersion", "critical", "binding", "image", "extensions", "created", "expires"})
@@ -54,7 +57,7 @@ class ImageClaim:
 
 @dataclass(frozen=True, slots=True)
 class ExtensionEntry:
-    """One extension as the statement lists it; ``manifest`` and ``module`` are subject names."""
+    """One extension as the statement lists it; ``manifest``, ``module`` and ``files`` are subject names."""
 
     id: str
     version: str
@@ -63,6 +66,7 @@ class ExtensionEntry:
     abi: str
     manifest: str
     module: str | None
+    files: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +101,11 @@ def module_name(extension: str, version: str) -> str:
     return f"{extension}/{version}/module.wasm"
 
 
+def files_name(extension: str, version: str, piece: int) -> str:
+    """Return the subject name of a piece of an extension's files, counted from 0."""
+    return f"{extension}/{version}/files.{piece}"
+
+
 # --- building ------------------------------------------------------------------------------------------------------
 
 
@@ -108,6 +117,7 @@ def build_statement(
     expires: datetime | None = None,
     binding: str = "image",
     sector_size: int = 512,
+    files: Sequence[Sequence[bytes]] | None = None,
 ) -> bytes:
     """Return the bytes of a statement; the same input gives the same bytes.
 
@@ -118,6 +128,7 @@ def build_statement(
         expires: When it stops being valid; None for never.
         binding: ``image`` (this content only) or ``any``.
         sector_size: Bytes of a guest sector: 512, 2048 or 4096.
+        files: The pieces of each extension's files (docs/format.md, "FILES"); None where no extension has any.
 
     Raises:
         UsageError: the parts do not make a statement.
@@ -125,7 +136,8 @@ def build_statement(
     if binding == "image" and content is None:
         raise UsageError("a statement bound to an image needs the content's digests", field="binding")
     manifests = [parse_manifest(data, error=UsageError) for data, _ in extensions]
-    _check_parts(manifests, [module for _, module in extensions])
+    pieces = [()] * len(extensions) if files is None else files
+    _check_parts(manifests, [module for _, module in extensions], pieces)
     predicate: dict[str, Any] = {
         "formatVersion": FORMAT_VERSION,
         "critical": list(_CRITICAL),
@@ -140,10 +152,12 @@ def build_statement(
         predicate["image"] = _image(content, sector_size)
         if content.flat is not None:
             subjects.append({"name": CONTENT_SUBJECT, "digest": {"sha256": content.flat.hex()}})
-    for manifest, (data, module) in zip(manifests, extensions, strict=True):
+    for manifest, (data, module), parts in zip(manifests, extensions, pieces, strict=True):
         subjects.append(_subject(manifest_name(manifest.id, manifest.version), data))
         if module is not None:
             subjects.append(_subject(module_name(manifest.id, manifest.version), module))
+        for index, piece in enumerate(parts):
+            subjects.append(_subject(files_name(manifest.id, manifest.version, index), piece))
     document = {
         "_type": STATEMENT_TYPE,
         "subject": subjects,
@@ -155,11 +169,21 @@ def build_statement(
     return data
 
 
-def _check_parts(manifests: Sequence[Manifest], modules: Sequence[bytes | None]) -> None:
+def _check_parts(
+    manifests: Sequence[Manifest], modules: Sequence[bytes | None], files: Sequence[Sequence[bytes]]
+) -> None:
     for manifest, module in zip(manifests, modules, strict=True):
         if (manifest.module is None) != (module is None):
             what = "names a module and none was given" if module is None else "names no module and one was given"
             raise UsageError(f"the manifest of {manifest.id} {what}", field="module")
+    for manifest, pieces in zip(manifests, files, strict=True):
+        listed, given = sum(entry.size for entry in manifest.files), sum(map(len, pieces))
+        if listed != given:
+            message = f"the manifest of {manifest.id} lists {listed} bytes of files, and {given} are given"
+            raise UsageError(message, field="files")
+    overlay = first_clash([(manifest.id, manifest.document) for manifest in manifests])
+    if overlay is not None:
+        raise UsageError(overlay, field="supplements")
     owners = [manifest.id for manifest in manifests for _ in manifest.capabilities]
     claims = [claim for manifest in manifests for claim in manifest.capabilities]
     clash = first_overlap(claims)
@@ -282,8 +306,22 @@ def _read_extensions(entries: Sequence[Any], subjects: Mapping[str, Any], refuse
             entry["abi"],
             manifest,
             module if has_module else None,
+            _read_pieces(entry, subjects, refuse),
         )
     return tuple(found.values())
+
+
+def _read_pieces(entry: Mapping[str, Any], subjects: Mapping[str, Any], refuse: Any) -> tuple[str, ...]:
+    """Return the subjects that are pieces of an extension's files: those numbered from 0 on without a gap."""
+    names = []
+    for piece in range(MAX_PIECES):
+        name = files_name(entry["id"], entry["version"], piece)
+        if name not in subjects:
+            break
+        if "sha256" not in subjects[name]:
+            raise refuse(f"the subject {name!r} has no sha256", "subject")
+        names.append(name)
+    return tuple(names)
 
 
 def _unknown_members(document: Mapping[str, Any], extensions: Sequence[ExtensionEntry]) -> tuple[str, ...]:
@@ -295,6 +333,7 @@ def _unknown_members(document: Mapping[str, Any], extensions: Sequence[Extension
     for index, entry in enumerate(predicate["extensions"]):
         paths += [f"predicate.extensions[{index}].{name}" for name in sorted(entry.keys() - _EXTENSION)]
     known = {CONTENT_SUBJECT} | {entry.manifest for entry in extensions} | {entry.module for entry in extensions}
+    known |= {name for entry in extensions for name in entry.files}
     for index, subject in enumerate(document["subject"]):
         paths += [f"subject[{index}].{name}" for name in sorted(subject.keys() - _SUBJECT)]
         if subject["name"] not in known:

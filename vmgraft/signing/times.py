@@ -16,6 +16,14 @@ _FORM = "%Y-%m-%dT%H:%M:%SZ"
 _SHAPE = re.compile(r"([0-9]{4})-([0-9]{2})-([0-9]{2})T([0-9]{2}):([0-9]{2}):([0-9]{2})Z")
 
 
+def later(when: datetime, span: timedelta) -> datetime:
+    """Return a time that much later; the last one there is, where there is none so late."""
+    try:
+        return when + span
+    except OverflowError:
+        return datetime.max.replace(tzinfo=UTC)
+
+
 def format_time(when: datetime) -> str:
     """Return ``2026-11-22T15:00:00Z``; fractions of a second are cut off.
 

@@ -142,7 +142,8 @@ class _Reader:
             certificate = parse_certificate(der)
             authority = certificate.extensions.get_extension_for_class(x509.BasicConstraints).value.ca
         except VmgraftError as exc:
-            raise self.refuse("a certificate is malformed", "certificates") from exc
+            message = "a certificate is malformed" if exc.__cause__ is not None else exc.message
+            raise self.refuse(message, "certificates") from exc
         except x509.ExtensionNotFound:
             authority = False
         except ValueError as exc:

@@ -30,7 +30,7 @@ from collections.abc import Sequence
 from datetime import datetime
 
 from vmgraft.errors import ExpiredError, UntrustedSignerError
-from vmgraft.signing.contract import Evidence, Report
+from vmgraft.signing.contract import Evidence, Report, TreeNames
 from vmgraft.signing.integrity import CHECKS, Run, expiry_problem
 from vmgraft.signing.judgement import Judgement
 from vmgraft.signing.keys import PublicKey
@@ -53,6 +53,7 @@ def verify_evidence(
     now: datetime,
     check_content: bool = True,
     memory: Memory | None = None,
+    tree: TreeNames | None = None,
 ) -> Report:
     """Verify a graft against a trust policy; every check is reported, also after a failure.
 
@@ -64,12 +65,15 @@ def verify_evidence(
         check_content: Read and hash the whole guest content. A host that checks each block against the signed tree when
             it is first read says False; nobody else should.
         memory: The highest security versions that were accepted before, where a host keeps them. It is only read.
+        tree: A content tree from wherever, that the host will hold every block against before it uses it. Where it is
+            the signed one the content is not read now, and the ``content`` check says so; else it is read as ever. A
+            signed flat SHA-256 is not looked at then: the tree names the same content.
 
     Raises:
         UsageError: ``now`` has no zone.
     """
     judgement = judge_evidence(
-        evidence, policy, image_name=image_name, now=now, check_content=check_content, memory=memory
+        evidence, policy, image_name=image_name, now=now, check_content=check_content, memory=memory, tree=tree
     )
     return judgement.run.report(NEEDED)
 
@@ -82,14 +86,32 @@ def judge_evidence(
     now: datetime,
     check_content: bool = True,
     memory: Memory | None = None,
+    tree: TreeNames | None = None,
 ) -> Judgement:
     """Make every check and return all that was found out; arguments and errors as ``verify_evidence``."""
     keys = [named.key for named in policy.keys]
-    run = Run(evidence, keys, require_zone(now), check_content, policy.authorities)
+    run = Run(evidence, keys, require_zone(now), check_content, policy.authorities, tree=tree)
     run.integrity()
     judgement = Judgement(run, policy, image_name.rsplit("/", 1)[-1], memory)
     judgement.steps()
     return judgement
+
+
+def judge_again(judgement: Judgement, policy: Policy) -> Judgement:
+    """Judge what was judged before under another policy, with the same keys and trust stores, at little cost.
+
+    What is left of the first judgement's budget is all there is: what cannot be answered with it counts as not trusted,
+    and ``run.signers.budget.refused`` rises.
+
+    Raises:
+        ValueError: the keys or the trust stores differ.
+    """
+    before = judgement.policy
+    if [named.key for named in policy.keys] != judgement.run.keys or policy.stores != before.stores:
+        raise ValueError("other signatures may count under this policy")
+    again = Judgement(judgement.run.fork(), policy, judgement.image_name, judgement.memory)
+    again.steps()
+    return again
 
 
 def self_check(

@@ -10,7 +10,8 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from os import PathLike
@@ -26,18 +27,22 @@ from vmgraft.errors import (
     VmgraftError,
 )
 from vmgraft.schemas import strict_json, validate
-from vmgraft.signing.contract import ContentNames, Report
+from vmgraft.signing.contract import ContentNames, Report, Status
 from vmgraft.signing.dsse import MAX_ENVELOPE, PAYLOAD_TYPE, Envelope, Signature, pae, parse_envelope, serialise
 from vmgraft.signing.keys import PublicKey
-from vmgraft.signing.policymodel import Policy
+from vmgraft.signing.material import parse_material
+from vmgraft.signing.policymodel import LOGGED, Policy
 from vmgraft.signing.policysign import PolicySigner
 from vmgraft.signing.statement import CONTENT_SUBJECT, STATEMENT_TYPE
-from vmgraft.signing.times import CLOCK_SKEW, format_time, parse_time
+from vmgraft.signing.times import CLOCK_SKEW, format_time, later, parse_time
+from vmgraft.signing.trials import Trials
 
 #: https://slsa.dev/spec/v1.0/verification_summary
 SUMMARY_TYPE: Final = "https://slsa.dev/verification_summary/v1"
 #: Subject whose SHA-256 is the fs-verity digest of the content (the SHA-256 of its 256-byte descriptor).
 TREE_SUBJECT: Final = "guest-content/fs-verity-descriptor"
+#: The level of an image for which nothing failed that any policy could have only logged.
+STRICT: Final = "VMGRAFT_STRICT"
 #: How old a summary may be where nobody says otherwise.
 MAX_AGE: Final = timedelta(days=7)
 
@@ -55,7 +60,8 @@ class Summary:
         statement: SHA-256 of the graft's statement, in hex; None where the auditor found none.
         tree: fs-verity digest of the content.
         flat: Flat SHA-256 of the content, where the auditor computed it.
-        levels: What it is said to reach; where it passed, the level of the trust policy that applied, alone.
+        levels: What it is said to reach; where it passed, one level alone: that of the trust policy that applied, or a
+            weaker one, which lets pass what its overrides have let pass.
     """
 
     auditor: str
@@ -96,8 +102,8 @@ class SummaryDemand:
 
         Raises:
             BadSignatureError: malformed, or no summary.
-            UntrustedSignerError: no auditor is named, none of them signed it, it says FAILED, or it speaks about
-                another policy or statement.
+            UntrustedSignerError: no auditor is named, none of them signed it, the policy lets that key sign images, it
+                says FAILED or another level than the policy demands, or it speaks about another policy or statement.
             ExpiredError: too old, or from the future.
             RevokedError: the policy revokes the auditor's key.
         """
@@ -105,19 +111,25 @@ class SummaryDemand:
         problem: VmgraftError | None = None
         if summary.auditor in policy.revocations.keys:
             problem = RevokedError(f"the auditor's key {summary.auditor} is revoked", file=self.file)
+        elif (owner := _signer_under(policy, summary.auditor)) is not None:
+            message = f"the auditor's key {summary.auditor} may sign images itself, under the trust policy {owner}"
+            hint = "nobody's word stands for a rule that names the same key; an auditor needs a key of its own"
+            problem = UntrustedSignerError(message, file=self.file, field="signatures", hint=hint)
         elif not summary.passed:
             problem = UntrustedSignerError("the auditor refused this image", file=self.file, field="verificationResult")
         elif summary.policy != policy.sha256:
             message = f"the auditor used another policy (sha256:{summary.policy})"
             hint = f"ask for a summary under this one, sha256:{policy.sha256}"
             problem = UntrustedSignerError(message, file=self.file, field="policy", hint=hint)
-        elif (levels := _levels(policy, summary.trust_policy)) and summary.levels != levels:
-            message = f"it says PASSED, and of the level {', '.join(summary.levels)[:200]}, which is not the policy's"
-            problem = UntrustedSignerError(message, file=self.file, field="verifiedLevels")
+        elif (level := _demanded(policy, summary.trust_policy)) is not None and summary.levels != (_name(level),):
+            said = ", ".join(summary.levels)[:200]
+            message = f"it says PASSED, and {said}; the trust policy {summary.trust_policy} demands {_name(level)}"
+            hint = "a weaker level means that a check failed, and that an override has only logged it"
+            problem = UntrustedSignerError(message, file=self.file, field="verifiedLevels", hint=hint)
         elif summary.statement != hashlib.sha256(statement).hexdigest():
             message = "the auditor saw another statement than the one in this image"
             problem = UntrustedSignerError(message, file=self.file, field="inputAttestations")
-        elif summary.time > now + CLOCK_SKEW:
+        elif summary.time > later(now, CLOCK_SKEW):
             problem = ExpiredError(f"it is from the future: {format_time(summary.time)}", file=self.file)
         elif now - summary.time > self.max_age:
             message = f"it is of {format_time(summary.time)}, and may be {_age(self.max_age)} old"
@@ -176,14 +188,14 @@ def build_summary(
     subjects = [{"name": TREE_SUBJECT, "digest": {"sha256": tree}}]
     if content.flat is not None:
         subjects.insert(0, {"name": CONTENT_SUBJECT, "digest": {"sha256": content.flat.hex()}})
-    levels = _levels(policy, report.policy)
+    level = _reached(policy, report)
     used: dict[str, Any] = {"uri": f"vmgraft:policy:sha256:{policy.sha256}", "digest": {"sha256": policy.sha256}}
     if report.policy is not None:
         used["name"] = report.policy
     inputs = []
     if statement is not None:
         inputs.append({"uri": "vmgraft:statement", "digest": {"sha256": hashlib.sha256(statement).hexdigest()}})
-    passed = report.ok and bool(levels) and statement is not None
+    passed = report.ok and level is not None and statement is not None
     document = {
         "_type": STATEMENT_TYPE,
         "subject": subjects,
@@ -195,16 +207,72 @@ def build_summary(
             "policy": used,
             "inputAttestations": inputs,
             "verificationResult": "PASSED" if passed else "FAILED",
-            "verifiedLevels": list(levels) if passed else ["FAILED"],
+            "verifiedLevels": [_name(level)] if passed and level is not None else ["FAILED"],
         },
     }
     validate("summary", document, file=None, error=UsageError)
     return json.dumps(document, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
 
 
-def _levels(policy: Policy, name: str | None) -> tuple[str, ...]:
-    """Return what an image that passes a trust policy reaches; nothing where there is no such trust policy."""
-    return tuple(f"VMGRAFT_{entry.level.upper()}" for entry in policy.trust_policies if entry.name == name)
+def _name(level: str) -> str:
+    return f"VMGRAFT_{level.upper()}"
+
+
+def _demanded(policy: Policy, name: str | None) -> str | None:
+    """Return the level of a trust policy, whatever its overrides; None where there is no such trust policy."""
+    return next((entry.level for entry in policy.trust_policies if entry.name == name), None)
+
+
+def _reached(policy: Policy, report: Report) -> str | None:
+    """Return the level of the trust policy, or the next weaker one that would have let pass what only warns."""
+    demanded, weaker = _demanded(policy, report.policy), list(LOGGED)  # the strictest first
+    if demanded is None:
+        return None
+    warned = {check.name for check in report.checks if check.status is Status.WARN}
+    return next((level for level in weaker[weaker.index(demanded) :] if warned <= LOGGED[level]), None)
+
+
+def _signer_under(policy: Policy, keyid: str) -> str | None:
+    """Return the first trust policy that lets a key sign images, or None."""
+    entries = policy.trust_policies
+    return next((entry.name for entry in entries if any(key.keyid == keyid for key in entry.signatures.keys)), None)
+
+
+def refuse_signer(auditor: str, auditors: Sequence[PublicKey], envelope: Envelope) -> None:
+    """Refuse the word of an auditor who is one of the image's signers, by key or by certificate, about that image.
+
+    A ``ca:`` in the rule may stand for the auditor's own key, and only what is beside the signatures shows it.
+
+    Args:
+        auditor: keyid of the auditor's key.
+        auditors: Where that key is.
+        envelope: The graft's envelope.
+
+    Raises:
+        UntrustedSignerError: the auditor has signed it, or a certificate for the auditor's key is in it.
+    """
+    own = next(key for key in auditors if key.keyid == auditor)
+    trials = Trials(envelope.pae, len(envelope.signatures))
+    for index, item in enumerate(envelope.signatures):
+        signed = trials.signer(item.sig, [own]) is not None
+        if signed or own in _certified(item):
+            how = f"signature {index} is by it" if signed else f"a certificate for it is beside signature {index}"
+            hint = "nobody's word stands for a rule that the same key helps to fill; an auditor needs a key of its own"
+            message = f"the auditor's key {auditor} signs images itself: {how}"
+            raise UntrustedSignerError(message, field="signatures", hint=hint)
+
+
+def _certified(signature: Signature) -> Iterator[PublicKey]:
+    """Return the keys that the certificates beside a signature are for; what cannot be read certifies nobody."""
+    from vmgraft.signing.certificates import leaf_key
+
+    try:
+        material = parse_material(signature.extension, field="extension")
+    except BadSignatureError:
+        return
+    for der in () if material is None else material.certificates:
+        with suppress(BadSignatureError, UntrustedSignerError):
+            yield leaf_key([der])
 
 
 def sign_summary(statement: bytes, signer: PolicySigner) -> bytes:
@@ -224,7 +292,9 @@ def read_summary(data: bytes, auditors: Sequence[PublicKey], *, file: _PathOrNon
         raise BadSignatureError(f"a summary has at most {MAX_ENVELOPE} bytes", file=file)
     envelope = parse_envelope(data, file=file)
     message = envelope.pae
-    signer = next((key for key in auditors if any(key.verify(message, item.sig) for item in envelope.signatures)), None)
+    trials = Trials(message, len(envelope.signatures))
+    signers = {trials.signer(item.sig, auditors, item.keyid) for item in envelope.signatures}
+    signer = next((key for key in auditors if key in signers), None)
     if signer is None:
         wanted = ", ".join(key.keyid for key in auditors)
         raise UntrustedSignerError(f"the summary is not signed by an auditor named here ({wanted})", file=file)

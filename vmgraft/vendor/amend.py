@@ -189,7 +189,7 @@ def import_signatures(
     """
     brought = read_signed(read_regular(source, MAX_BUNDLE, what="the signatures", error=FileError), file=source)
     if intermediates:
-        brought = with_intermediates(brought, intermediates)
+        brought = with_intermediates(brought, intermediates, file=source)
 
     def propose(graft: Graft, old: Envelope) -> Proposal:
         return merge(graft, old, brought, vouchers, source)

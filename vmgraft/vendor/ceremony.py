@@ -268,7 +268,7 @@ def _is_grafted(image: Path, opening: Opening) -> bool:
 def _find_packages(graft: Graft, packages: Sequence[Package]) -> None:
     """Refuse extensions that a graft does not hold, byte for byte."""
     for package in packages:
-        for data in (package.manifest, package.module):
+        for data in (package.manifest, package.module, *package.files):
             if data is not None:
                 graft.payload(hashlib.sha256(data).hexdigest())
 
@@ -291,7 +291,7 @@ class _Draft:
 
     def payload(self, sha256: str) -> bytes:
         for package in self.packages:
-            for data in (package.manifest, package.module):
+            for data in (package.manifest, package.module, *package.files):
                 if data is not None and hashlib.sha256(data).hexdigest() == sha256:
                     return data
         raise PayloadMismatchError(f"no extension given has the signed part sha256:{sha256}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -17,7 +18,7 @@ from vmgraft.errors import (
     VerificationError,
     VmgraftError,
 )
-from vmgraft.signing.contract import Evidence, Status
+from vmgraft.signing.contract import Check, Evidence, Status
 from vmgraft.signing.integrity import Run, expiry_problem
 
 if TYPE_CHECKING:
@@ -59,6 +60,11 @@ def demand(evidence: Evidence, publics: Sequence[PublicKey], *, file: Path) -> R
     return run
 
 
+def said_once(check: Check, file: Path) -> str:
+    """Return what a failed check says, for an error that names the file and the check itself."""
+    return re.sub(rf"{re.escape(str(file))}(?:, payload)?(?:, |: )", "", check.detail)
+
+
 def demand_checks(run: Run, *, file: Path) -> None:
     """Raise the first failure; a check that was not made is one too, and so is a statement that is not in force.
 
@@ -69,7 +75,7 @@ def demand_checks(run: Run, *, file: Path) -> None:
         if check.status is Status.FAIL:
             family = _FAMILIES.get(check.error or "", VerificationError)
             hint = _HINTS.get(check.name, check.hint)
-            raise family(f"{check.name}: {check.detail}", file=file, field=check.name, hint=hint)
+            raise family(said_once(check, file), file=file, field=check.name, hint=hint)
     bound = run.statement is not None and run.statement.image is not None
     for name in (*_GROUND, "content") if bound else _GROUND:
         if name not in run.checks or run.checks[name].status is not Status.PASS:

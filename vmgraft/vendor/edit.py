@@ -25,9 +25,9 @@ from typing import TYPE_CHECKING
 from vmgraft.errors import RollbackError, UsageError
 from vmgraft.imagefmt.contract import PROBE, ContentDigest, Opening, Placement, Progress
 from vmgraft.imagefmt.graft import Graft, open_graft, open_image
-from vmgraft.imagefmt.record import SectionKind
 from vmgraft.imagefmt.replace import finish_change, replace_sections
 from vmgraft.imagefmt.tree import FLAT_AUTO_LIMIT
+from vmgraft.imagefmt.treesection import kept_tree
 from vmgraft.signing.manifest import parse_manifest
 from vmgraft.signing.statement import CONTENT_SUBJECT
 from vmgraft.vendor.graft import Attached
@@ -249,14 +249,14 @@ def _edit(
             preflight(packages, keys, terms, now)  # 3
             content = _content(graft, old, trusted, options, now)  # 4
             sector_size = opened.sector_size
+            trees = kept_tree(graft) if terms.binding == "image" else ()
         statement = make_statement(packages, content, terms, created=now, sector_size=sector_size)  # 5
         located = replace_sections(  # 6
             target,
-            lay_out(packages, sign(statement, keys)),
+            [*lay_out(packages, sign(statement, keys)), *trees],
             old=record_digest(graft),
             placement=options.placement or same_placement(graft),
             tree_digest=content.tree_digest,
-            keep=(SectionKind.FILES,),
             check=lambda: verify_written(target, keys, options.opening),
             opening=options.opening,
         )

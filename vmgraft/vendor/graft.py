@@ -14,7 +14,8 @@ from vmgraft.errors import FileError, UsageError, VmgraftError
 from vmgraft.imagefmt.contract import PROBE, ContentDigest, GraftState, Located, Opening, Placement, Progress
 from vmgraft.imagefmt.graft import attach_sections, detach_image, open_graft, open_image
 from vmgraft.imagefmt.journal import locate_graft
-from vmgraft.imagefmt.tree import digest_content
+from vmgraft.imagefmt.tree import digest_content, digest_with_tree
+from vmgraft.imagefmt.treesection import tree_section
 from vmgraft.signing.manifest import parse_manifest
 from vmgraft.vendor.pack import Package
 from vmgraft.vendor.seal import Terms, check_room, lay_out, make_statement, preflight, sign
@@ -22,6 +23,7 @@ from vmgraft.vendor.seal import verify_written as _verify_written
 from vmgraft.vendor.workcopy import work_copy
 
 if TYPE_CHECKING:
+    from vmgraft.imagefmt.record import Section
     from vmgraft.imagefmt.tree import FlatMode
     from vmgraft.signing.signers import Signer
 
@@ -36,6 +38,7 @@ class AttachOptions:
         flat: When to sign the flat SHA-256 beside the content tree: ``auto``, ``always``, ``never``.
         expires: End of validity, or None.
         opening: How to open the image.
+        tree: Put the content tree into the record, so that hosts check blocks when they are first read.
     """
 
     output: Path | None = None
@@ -44,6 +47,7 @@ class AttachOptions:
     flat: FlatMode = "auto"
     expires: datetime | None = None
     opening: Opening = PROBE
+    tree: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,12 +84,16 @@ def attach(
     """
     now, terms = datetime.now(UTC), Terms(options.binding, options.expires)
     preflight(packages, keys, terms, now)
+    if options.tree and options.binding != "image":
+        raise UsageError(
+            "a portable graft has no content tree of its own", field="with-tree", hint="leave out --binding any"
+        )
     with _target(image, packages, keys, options) as target:
-        content, sector_size = _digest(target, options, progress)
+        content, sector_size, trees = _digest(target, options, progress)
         statement = make_statement(packages, content, terms, created=now, sector_size=sector_size)
         located = attach_sections(
             target,
-            lay_out(packages, sign(statement, keys)),
+            [*lay_out(packages, sign(statement, keys)), *trees],
             placement=options.placement,
             tree_digest=content.tree_digest,
             opening=options.opening,
@@ -161,7 +169,7 @@ def _take_back(target: Path, options: AttachOptions, error: BaseException) -> No
     try:
         detach_image(target, options.opening)
     except VmgraftError as second:
-        first = str(error) or type(error).__name__
+        first = (error.message if isinstance(error, VmgraftError) else str(error)) or type(error).__name__
         raise FileError(
             f"{first}; and the graft could not be taken away again: {second.message}",
             file=target,
@@ -184,7 +192,16 @@ def refuse_grafted(image: Path, opening: Opening) -> None:
         raise UsageError(f"the image carries a graft already (state: {located.state.value})", file=image, hint=hint)
 
 
-def _digest(path: Path, options: AttachOptions, progress: Progress | None) -> tuple[ContentDigest, int]:
-    """Read the guest content once; return its digests and the size of a sector."""
+def _digest(
+    path: Path, options: AttachOptions, progress: Progress | None
+) -> tuple[ContentDigest, int, tuple[Section, ...]]:
+    """Read the guest content once; return its digests, the size of a sector, and the tree's section if it is wanted.
+
+    Raises:
+        UsageError: there is no room for so large a tree in a section.
+    """
     with open_image(path, options.opening) as image:
-        return digest_content(image, flat=options.flat, progress=progress), image.sector_size
+        if not options.tree:
+            return digest_content(image, flat=options.flat, progress=progress), image.sector_size, ()
+        content, tree = digest_with_tree(image, flat=options.flat, progress=progress)
+        return content, image.sector_size, (tree_section(tree),)

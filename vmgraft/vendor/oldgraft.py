@@ -24,6 +24,7 @@ from vmgraft.signing.contract import Check, Status
 from vmgraft.signing.dsse import Envelope
 from vmgraft.signing.integrity import Run, expiry_problem
 from vmgraft.signing.statement import Statement
+from vmgraft.vendor.demand import said_once
 from vmgraft.vendor.pack import Package
 
 if TYPE_CHECKING:
@@ -91,6 +92,7 @@ def read_old_graft(graft: Graft, trusted: Collection[PublicKey], *, now: datetim
             version=found.entry.version,
             manifest=graft.payload(statement.subjects[found.entry.manifest]["sha256"]),
             module=found.module,
+            files=tuple(graft.payload(statement.subjects[name]["sha256"]) for name in found.entry.files),
         )
         for found in run.found
     )
@@ -130,7 +132,7 @@ def _failure(check: Check, envelope: Envelope | None, graft: Graft) -> VmgraftEr
     if family is UntrustedSignerError:
         named = ", ".join(_signers(envelope)) if envelope is not None else ""
         hint = f"trust the signer's public key with --trust KEY.pub, or sign with it; the old statement names {named}"
-    message = f"the old graft is not signed again: {check.name}: {check.detail}"
+    message = f"the old graft is not signed again: {said_once(check, graft.image.path)}"
     return family(message, file=graft.image.path, field=check.name, hint=hint)
 
 

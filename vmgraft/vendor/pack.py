@@ -11,6 +11,7 @@ from vmgraft.errors import FileError, UsageError
 from vmgraft.schemas import validate
 from vmgraft.signing.files import read_regular
 from vmgraft.signing.manifest import canonical_manifest
+from vmgraft.vendor.packfiles import pack_files
 
 MANIFEST_NAME: Final = "manifest.toml"
 #: A manifest is a page of text; anything larger is a mistake.
@@ -21,27 +22,34 @@ MAX_MODULE: Final = 1 << 20
 
 @dataclass(frozen=True, slots=True)
 class Package:
-    """An extension ready to be signed: canonical manifest JSON and the module's bytes."""
+    """An extension ready to be signed.
+
+    Attributes:
+        manifest: Canonical manifest, JSON.
+        module: The WebAssembly module's bytes, or None.
+        files: The bytes of all further files, cut into pieces (``vmgraft.signing.supplements``).
+    """
 
     id: str
     version: str
     manifest: bytes
     module: bytes | None
+    files: tuple[bytes, ...] = ()
 
 
 def load_package(folder: Path) -> Package:
-    """Read ``manifest.toml`` and the module it names.
+    """Read ``manifest.toml``, and the module and the files it names.
 
     Raises:
         UsageError: the folder is no extension, or its manifest is not valid.
-        FileError: a file cannot be read or is too large.
+        FileError: a file cannot be read, is too large, or lies outside the folder.
     """
     path = folder / MANIFEST_NAME
     if not path.exists():
         raise UsageError(
             f"no {MANIFEST_NAME} in this folder", file=folder, hint="`vmgraft new DIR` starts an extension"
         )
-    document = _parse_toml(path)
+    document, pieces = pack_files(folder, _parse_toml(path), path)
     validate("manifest", document, file=path, error=UsageError)
     module = None
     if "module" in document:
@@ -50,7 +58,7 @@ def load_package(folder: Path) -> Package:
             raise FileError("the module is not there", file=module_path, field="module", hint="run `make` there")
         module = _read(module_path, MAX_MODULE, what="the module")
         _check_module(module, module_path)
-    return Package(document["id"], document["version"], canonical_manifest(document), module)
+    return Package(document["id"], document["version"], canonical_manifest(document, file=path), module, pieces)
 
 
 def _parse_toml(path: Path) -> dict[str, Any]:

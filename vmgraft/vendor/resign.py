@@ -26,6 +26,7 @@ from vmgraft.imagefmt.contract import PROBE, ContentDigest, Opening, Progress
 from vmgraft.imagefmt.graft import Graft, open_graft, open_image
 from vmgraft.imagefmt.record import Section, SectionKind
 from vmgraft.imagefmt.replace import finish_change, replace_sections
+from vmgraft.imagefmt.treesection import kept_tree
 from vmgraft.signing.statement import CONTENT_SUBJECT, Statement
 from vmgraft.signing.times import format_time
 from vmgraft.vendor.graft import Attached
@@ -109,14 +110,14 @@ def resign(image: Path, keys: Sequence[Signer], options: ResignOptions, progress
             content = _compared_content(graft, old, trusted, now)  # 4
             record = _history(graft, now, expired)
             sector_size = opened.sector_size
+            trees = kept_tree(graft)
         statement = make_statement(old.packages, content, terms, created=now, sector_size=sector_size)  # 5
         located = replace_sections(  # 6
             target,
-            _with_history(lay_out(old.packages, sign(statement, keys)), record),
+            [*_with_history(lay_out(old.packages, sign(statement, keys)), record), *trees],
             old=record_digest(graft),
             placement=same_placement(graft),
             tree_digest=content.tree_digest,
-            keep=(SectionKind.FILES,),
             check=lambda: verify_written(target, keys, options.opening),
             opening=options.opening,
         )

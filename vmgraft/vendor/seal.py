@@ -76,7 +76,8 @@ def check_terms(packages: Sequence[Package], terms: Terms, now: datetime) -> Non
     if terms.expires is not None and terms.expires <= now:
         raise UsageError("the end of validity lies in the past", field="expires", hint="name a later time, in UTC")
     parts = [(package.manifest, package.module) for package in packages]
-    build_statement(None, parts, created=now, expires=terms.expires, binding="any")
+    files = [package.files for package in packages]
+    build_statement(None, parts, created=now, expires=terms.expires, binding="any", files=files)
 
 
 def check_room(image: Path, packages: Sequence[Package], keys: Sequence[Signer], opening: Opening) -> None:
@@ -86,7 +87,8 @@ def check_room(image: Path, packages: Sequence[Package], keys: Sequence[Signer],
         NoRoomError: the record is longer than the image's room.
     """
     parts = [(package.manifest, package.module) for package in packages]
-    statement = build_statement(None, parts, created=datetime.now(UTC), binding="any")
+    files = [package.files for package in packages]
+    statement = build_statement(None, parts, created=datetime.now(UTC), binding="any", files=files)
     envelope = serialise(Envelope(statement, tuple(_without_signature(key) for key in keys)))
     least = len(build_record(lay_out(packages, envelope)))
     with open_image(image, opening) as opened:
@@ -116,6 +118,7 @@ def make_statement(
         expires=terms.expires,
         binding=terms.binding,
         sector_size=sector_size,
+        files=[package.files for package in packages],
     )
 
 
@@ -136,6 +139,7 @@ def lay_out(packages: Sequence[Package], envelope: bytes) -> list[Section]:
         sections.append(Section(SectionKind.MANIFEST, package.manifest, compress=True))
         if package.module is not None:
             sections.append(Section(SectionKind.MODULE, package.module, compress=True))
+        sections.extend(Section(SectionKind.FILES, piece, compress=True) for piece in package.files)
     hints = {"tool": f"vmgraft {__version__}", "attached": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")}
     sections.append(Section(SectionKind.HINTS, json.dumps(hints, sort_keys=True).encode(), critical=False))
     return sections

@@ -5,11 +5,15 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import signal
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
 
 from vmgraft.errors import FileError
+from vmgraft.vmmhost.regular import open_regular
 
 #: ``prev`` of the first line.
 GENESIS: Final = "0" * 64
@@ -17,6 +21,12 @@ GENESIS: Final = "0" * 64
 MAX_LINE: Final = 1 << 20
 #: Events that end a log; one of them is written however a run goes, unless the host itself is killed.
 LAST_EVENTS: Final = ("end", "error")
+#: Events after which a log is brought to stable storage at once: decisions, and what cannot be told later.
+DECISIVE: Final = frozenset({"start", "verification", "plan", "boot", "control", "fault", *LAST_EVENTS})
+#: Signals that may raise an exception where they come.
+_HELD: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+#: Seconds between two such moments at least, so that nobody makes a host wait for its storage all the time.
+SYNC_SECONDS: Final = 0.1
 
 
 def _line_hash(record: dict[str, Any]) -> str:
@@ -48,6 +58,7 @@ class AuditLog:
         self.broken = False
         self._path = path
         self._fd: int | None = None
+        self._synced = 0.0
         if path is not None:
             try:
                 self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
@@ -74,10 +85,13 @@ class AuditLog:
             "prev": self.head,
         }
         record["hash"] = _line_hash(record)
+        with _signals_held():
+            if self._fd is not None:
+                self._append(self._fd, _encode(record))
+            self.head = record["hash"]
+            self.count += 1
         if self._fd is not None:
-            self._append(self._fd, _encode(record))
-        self.head = record["hash"]
-        self.count += 1
+            self._sync(self._fd, event)
 
     def _append(self, fd: int, data: bytes) -> None:
         line = memoryview(data)
@@ -87,6 +101,19 @@ class AuditLog:
         except OSError as error:
             self.broken = True
             raise self._failure(error) from error
+
+    def _sync(self, fd: int, event: str) -> None:
+        """Bring what is decisive to stable storage; faults and requests, which can come often, only now and then."""
+        now = time.monotonic()
+        often = event in ("fault", "control") and now - self._synced < SYNC_SECONDS
+        if event not in DECISIVE or often:
+            return
+        try:
+            os.fdatasync(fd)
+        except OSError as error:
+            self.broken = True
+            raise self._failure(error) from error
+        self._synced = now
 
     def close(self) -> None:
         """Flush to stable storage and close.
@@ -110,6 +137,16 @@ class AuditLog:
         return FileError(f"cannot write the audit log: {error.strerror}", file=self._path, hint=hint)
 
 
+@contextmanager
+def _signals_held() -> Iterator[None]:
+    """Let no signal come between a line and the memory of its hash: the next line would not fit."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _HELD)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def check_chain(path: Path, expected_head: str | None = None) -> tuple[int, str]:
     """Check the hash chain of a log file, and that the log is of a run that has ended.
 
@@ -124,13 +161,8 @@ def check_chain(path: Path, expected_head: str | None = None) -> tuple[int, str]
         FileError: with the line at fault, when the chain does not hold, or the log is empty or incomplete.
     """
     previous, count, event = GENESIS, 0, None
-    try:
-        with path.open("rb") as log:
-            while line := log.readline(MAX_LINE + 1):
-                previous, event = _check_line(path, line, count, previous)
-                count += 1
-    except OSError as error:
-        raise FileError(f"cannot read the audit log: {error.strerror}", file=path) from error
+    for record in read_records(path):
+        previous, event, count = record["hash"], record.get("event"), count + 1
     if not count:
         raise FileError("the audit log is empty", file=path, hint="every run logs at least that it started")
     if expected_head is not None and expected_head != previous:
@@ -140,13 +172,30 @@ def check_chain(path: Path, expected_head: str | None = None) -> tuple[int, str]
             "the audit log is incomplete: the run has not ended or its last lines are missing",
             file=path,
             field=f"line {count}",
-            hint=None if expected_head else "compare with the hash that the run reported: check-log --head",
+            hint=None if expected_head else "compare with the hash that the run reported: audit-log verify --head",
         )
     return count, previous
 
 
-def _check_line(path: Path, line: bytes, number: int, previous: str) -> tuple[str, object]:
-    """Check one line against the chain and return its hash and event."""
+def read_records(path: Path) -> Iterator[dict[str, Any]]:
+    """Yield the records of a log, each once its line is checked against the chain; also of a run that goes on.
+
+    Raises:
+        FileError: with the line at fault, when the chain does not hold, or the file cannot be read.
+    """
+    previous, count = GENESIS, 0
+    try:
+        with open_regular(path, "the audit log") as log:
+            while line := log.readline(MAX_LINE + 1):
+                record = _check_line(path, line, count, previous)
+                previous, count = record["hash"], count + 1
+                yield record
+    except OSError as error:
+        raise FileError(f"cannot read the audit log: {error.strerror}", file=path) from error
+
+
+def _check_line(path: Path, line: bytes, number: int, previous: str) -> dict[str, Any]:
+    """Check one line against the chain and return its record."""
     field = f"line {number + 1}"
     record, written = _parse(line)
     if record is None:
@@ -157,7 +206,7 @@ def _check_line(path: Path, line: bytes, number: int, previous: str) -> tuple[st
     # The bytes too: of two members of one name a JSON reader keeps the last, and the hash would not see the first.
     if claimed != _line_hash(record) or line != written:
         raise FileError("the line was changed", file=path, field=field)
-    return claimed, record.get("event")
+    return {**record, "hash": claimed}
 
 
 def _parse(line: bytes) -> tuple[dict[str, Any] | None, bytes]:

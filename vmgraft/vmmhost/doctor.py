@@ -8,6 +8,7 @@ from typing import Any, Final
 from vmgraft.errors import VmgraftError
 from vmgraft.vmmhost.core.probe import detect
 from vmgraft.vmmhost.layer.client import ExtensionHost
+from vmgraft.vmmhost.layer.filters import described
 from vmgraft.vmmhost.layer.spec import ExtensionSpec
 
 PACKAGES: Final = (
@@ -33,6 +34,7 @@ def examine() -> dict[str, Any]:
         "ready": any(engine["usable"] for engine in engines) and sandbox["works"],
         "engines": engines,
         "sandbox": sandbox,
+        "filters": described(),
         "packages": {name: _version(name) for name in PACKAGES},
     }
 

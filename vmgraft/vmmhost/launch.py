@@ -1,74 +1,39 @@
-"""``run``: verify, plan, start the unprivileged layer, start the guest; in that order, from one open image."""
+"""``run``: verify, plan, and hand over to a session that starts layer and guest; in that order, from one open image."""
 
 from __future__ import annotations
 
-import hashlib
-import json
 import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import replace
 from datetime import UTC, datetime
-from importlib import resources
 from pathlib import Path
 from types import FrameType
-from typing import Any, Final
+from typing import Any
 
 from vmgraft import __version__
-from vmgraft.errors import NotBootableError, RequiredExtensionError, UnsupportedError, VmgraftError
+from vmgraft.errors import RequiredExtensionError, UnsupportedError, UsageError
 from vmgraft.imagefmt.contract import Image, Progress
 from vmgraft.imagefmt.graft import Graft, open_graft, open_image
 from vmgraft.signing.contract import Report
 from vmgraft.signing.policy import Policy
-from vmgraft.signing.verify import verify_evidence
 from vmgraft.vmmhost.audit import AuditLog
-from vmgraft.vmmhost.core.boot import BootSource
-from vmgraft.vmmhost.core.contract import EndReason
-from vmgraft.vmmhost.core.disk import VerifiedDisk
-from vmgraft.vmmhost.core.machine import END_SIGNALS, Machine, MachineResult
-from vmgraft.vmmhost.core.probe import Engine
-from vmgraft.vmmhost.layer.abi import Event
-from vmgraft.vmmhost.layer.client import ExtensionHost
-from vmgraft.vmmhost.layer.proxy import State
-from vmgraft.vmmhost.layer.sandbox import confine_host
+from vmgraft.vmmhost.core.machine import END_SIGNALS
+from vmgraft.vmmhost.core.portmap import FirmwareKind
+from vmgraft.vmmhost.core.seabios import FirmwareImage, load_firmware
 from vmgraft.vmmhost.layer.spec import ExtensionSpec
-from vmgraft.vmmhost.layer.zygote import Zygote
-from vmgraft.vmmhost.plan import LaunchPlan, RunOptions, check_claims, to_spec
+from vmgraft.vmmhost.plan import LaunchPlan, RunOptions, check_claims, read_direct, statement_digest, to_spec
 from vmgraft.vmmhost.remember import RunMemory
+from vmgraft.vmmhost.report import RunReport, core_digest, ending_fields, failure_fields, verdict_fields
+from vmgraft.vmmhost.session import CoreSession, Session
+from vmgraft.vmmhost.setup import Console, Setup
+from vmgraft.vmmhost.snapshots.container import SnapshotFile, check_engine, read_snapshot
+from vmgraft.vmmhost.supplements.compose import compose
+from vmgraft.vmmhost.supplements.present import check_label, check_supplements
+from vmgraft.vmmhost.verification import content_checked, verify_for_use
 
-#: Ends of a guest that are failures, as error codes (docs/exit-codes.md).
-_FAILURES: Final = {
-    EndReason.FAULT: "extension-fault",
-    EndReason.DISK: "content-mismatch",
-    EndReason.ERROR: "host",
-    EndReason.INTERRUPTED: "interrupted",
-}
-
-
-@dataclass(slots=True)
-class RunReport:
-    """What happened, as far as it went. ``plan`` and ``result`` stay None when verification refused the image."""
-
-    verification: Report
-    plan: LaunchPlan | None = None
-    result: MachineResult | None = None
-    extensions: list[dict[str, Any]] = field(default_factory=list)
-    confinement: list[str] = field(default_factory=list)
-    audit_head: str | None = None
-    until: str | None = None
-    memory: dict[str, Any] | None = None
-
-    @property
-    def error(self) -> str | None:
-        """The error code this run amounts to, or None."""
-        if not self.verification.ok:
-            return self.verification.error
-        if self.result is None:
-            return None
-        if self.result.reason in _FAILURES:
-            return _FAILURES[self.result.reason]
-        return "expectation" if self.until is not None and not self.result.until_seen else None
+__all__ = ["Launcher", "RunReport", "core_digest"]
 
 
 class Launcher:
@@ -79,6 +44,7 @@ class Launcher:
         policy: Path of the trust policy.
         options: How to boot.
         serial: Gets every byte the guest sends to its first serial port.
+        console: Gives what the guest receives there.
         progress: Called while the content is verified.
         judged: Gets the verdict before anything is started because of it; a report of ``run`` comes only at the end.
         confine: Give up the rights of this process that the run does not need, once it is set up. Cannot be undone, so
@@ -92,13 +58,16 @@ class Launcher:
         options: RunOptions,
         *,
         serial: Callable[[bytes], None] | None = None,
+        console: Console | None = None,
         progress: Progress | None = None,
         judged: Callable[[Report], None] | None = None,
         confine: bool = False,
     ) -> None:
         self._path, self._policy_path, self._options = image, policy, options
-        self._serial, self._progress, self._judged, self._confine = serial, progress, judged, confine
-        self._stop_requested = False
+        self._serial, self._console, self._confine = serial, console, confine
+        self._progress, self._judged = progress, judged
+        self._bios: FirmwareImage | None = None
+        self._snapshot: SnapshotFile | None = None
 
     def plan(self) -> RunReport:
         """Verify and plan; start nothing (``--dry-run``).
@@ -129,7 +98,8 @@ class Launcher:
             GraftFormatError: a module is malformed.
             HostError: the guest cannot be started here.
         """
-        with RunMemory(self._options.state) as memory:
+        # A replay teaches nothing: what answers is a file, and no module got ready.
+        with RunMemory(self._options.state, raising=self._options.replay is None) as memory:
             policy = self._policy(memory)
             with closing(AuditLog(self._options.audit_log)) as log, _orderly_signals():
                 return self._logged(log, policy, memory)
@@ -146,9 +116,9 @@ class Launcher:
                 report = self._run(stack, log, policy, memory)
         except BaseException as error:
             if not log.broken:
-                log.write("error", _failure(error))
+                log.write("error", failure_fields(error))
             raise
-        log.write("error" if report.result is None else "end", _ending(report))
+        log.write("error" if report.result is None else "end", ending_fields(report))
         report.audit_head, report.memory = log.head, memory.to_dict()
         return report
 
@@ -171,40 +141,71 @@ class Launcher:
             )
         graft = open_graft(image, progress=self._progress)
         report = self._verify(image, graft, policy, memory)
-        log.write("verification", _verdict(report.verification))
+        log.write("verification", verdict_fields(report.verification))
         self._tell(report.verification)
         if report.plan is None or graft.tree is None:
             return report
         log.write("plan", {"sha256": report.plan.digest, "plan": report.plan.to_dict()})
-        machine, host = self._start(stack, log, VerifiedDisk(image, graft.tree.check), _specs(report.plan))
-        self._remember(log, report, host, memory)
-        self._boot(log, report, machine, host)
+        setup = Setup(
+            self._options, report, report.plan, image, graft, graft.tree, policy, memory, _specs(report.plan), log,
+            self._serial, self._console, self._confine, self._bios, self._snapshot,
+        )  # fmt: skip
+        _session(setup, stack).run()
         return report
 
     def _verify(self, image: Image, graft: Graft, policy: Policy, memory: RunMemory) -> RunReport:
         """Verify, and plan when that went well."""
         now = datetime.now(UTC)
-        verdict = verify_evidence(graft, policy, image_name=self._path.name, now=now, memory=memory.state)
+        verdict = verify_for_use(
+            graft, policy, image_name=self._path.name, now=now, memory=memory.state, verify_all=self._options.verify_all
+        )
         report = RunReport(verdict, until=self._options.until)
-        if verdict.ok and graft.tree is None:
-            # A statement that is not bound to this content: read it now, so that blocks can be checked when used.
-            graft.content(flat=False)
         if verdict.ok and graft.tree is not None:
             self._allow_bare(policy, verdict)
+            if self._options.engine == "qemu":
+                from vmgraft.vmmhost.qemu.claims import check_options
+
+                check_options(self._options)
+            if self._options.engine == "core" and self._options.firmware == FirmwareKind.SEABIOS:
+                self._bios = load_firmware(self._options.bios)
+            elif self._options.bios is not None:
+                raise UsageError("a firmware file goes with --firmware seabios and the core engine")
             report.plan = LaunchPlan(
                 image=str(self._path),
                 format=image.format_name,
                 virtual_size=image.virtual_size,
                 tree_digest=graft.tree.tree_digest.hex(),
-                statement_sha256=_statement_digest(graft),
+                content_check=content_checked(graft),
+                statement_sha256=statement_digest(graft),
                 policy=verdict.policy,
                 signers=verdict.signers,
                 memory_mib=self._options.memory_mib,
                 boot=self._options.boot,
                 cpu=self._options.cpu,
                 extensions=verdict.extensions if self._options.extensions else (),
+                engine=self._options.engine,
+                firmware=self._options.firmware,
+                supplements=self._options.supplements and self._options.extensions,
+                direct=read_direct(self._options),
+                union=compose(self._options.layers, policy, memory=memory.state) if self._options.layers else None,
+                firmware_sha256=None if self._bios is None else self._bios.sha256,
+                video_bios_sha256=None if self._bios is None else self._bios.video_sha256,
             )
+            report.plan = self._resume(report.plan)
         return report
+
+    def _resume(self, plan: LaunchPlan) -> LaunchPlan:
+        """Read the snapshot to go on from, if there is one: it must belong to what was verified."""
+        options = self._options
+        if options.restore is None:
+            return plan
+        if options.engine != "core" or options.record is not None or options.replay is not None:
+            raise UsageError(
+                "a snapshot goes with the core engine, and with no recording", field="restore", hint="leave the other out"
+            )
+        self._snapshot = read_snapshot(options.restore, plan)
+        cpu = check_engine(options.cpu, self._snapshot.engine, options.restore)
+        return replace(plan, cpu=cpu, restore_sha256=self._snapshot.sha256)
 
     def _tell(self, verdict: Report) -> None:
         if self._judged is not None:
@@ -222,73 +223,14 @@ class Launcher:
                 hint="run without --without-extensions",
             )
 
-    def _start(
-        self, stack: ExitStack, log: AuditLog, disk: VerifiedDisk, specs: list[ExtensionSpec]
-    ) -> tuple[Machine, ExtensionHost]:
-        """Set up the machine, and take every extension to its ready mark: ``on_start`` has returned."""
-        # Before /dev/kvm is opened: no worker can have inherited what the core holds.
-        zygote = stack.enter_context(Zygote.start()) if specs else None
-        machine = stack.enter_context(self._machine(disk))
-        host = ExtensionHost(
-            specs,
-            memory=machine.memory,
-            audit=lambda event, detail: self._audit(log, event, detail),
-            stop=lambda detail: machine.stop(self._stop_reason(), detail),
-            clock=machine.now_ns,
-            time_left=machine.time_left,
-            deterministic_seed=self._options.seed,
-            zygote=zygote,
-        )
-        stack.callback(host.close)
-        host.start()
-        host.claim(machine.bus)
-        machine.add_tick(host.tick)
-        return machine, host
 
-    def _remember(self, log: AuditLog, report: RunReport, host: ExtensionHost, memory: RunMemory) -> None:
-        """Remember what is ready: before the guest's first instruction, and before this process gives up its rights."""
-        if report.plan is None:
-            return
-        ready = {proxy.spec.id for proxy in host.proxies if proxy.state is State.RUNNING}
-        memory.remember(report.verification, report.plan.extensions, ready, report.plan.statement_sha256)
-        if memory.path is not None:
-            log.write("remember", memory.to_dict() or {})
+def _session(setup: Setup, stack: ExitStack) -> Session:
+    """Return the session of the engine that was asked for; another's code is loaded only then."""
+    if setup.options.engine == "qemu":
+        from vmgraft.vmmhost.qemu.session import QemuSession
 
-    def _boot(self, log: AuditLog, report: RunReport, machine: Machine, host: ExtensionHost) -> None:
-        if self._confine:
-            report.confinement = confine_host()
-        log.write("boot", {"engine": machine.cpu.engine, "emulated": machine.cpu.emulated, "host": report.confinement})
-        host.event(Event.BOOT)
-        result = machine.run()
-        host.event(Event.RESET if result.reason is EndReason.RESET else Event.SHUTDOWN)
-        report.result = result
-        report.extensions = host.summary()
-
-    def _machine(self, disk: VerifiedDisk) -> Machine:
-        options = self._options
-        try:
-            return Machine(
-                Engine(options.cpu),
-                disk,
-                memory_mib=options.memory_mib,
-                boot=BootSource(options.boot),
-                keys=options.keys,
-                timeout=options.timeout,
-                until=options.until,
-                serial=self._serial,
-                trace=options.trace,
-            )
-        except NotBootableError as error:
-            error.file = str(self._path)  # the core knows content, not files
-            raise
-
-    def _audit(self, log: AuditLog, event: str, detail: dict[str, Any]) -> None:
-        """Write an event of the layer; remember whether a stop was asked for or is a penalty."""
-        self._stop_requested = event == "stop-request"
-        log.write(event, detail)
-
-    def _stop_reason(self) -> EndReason:
-        return EndReason.SHUTDOWN if self._stop_requested else EndReason.FAULT
+        return QemuSession(setup, stack)
+    return CoreSession(setup, stack)
 
 
 def _specs(plan: LaunchPlan) -> list[ExtensionSpec]:
@@ -298,7 +240,16 @@ def _specs(plan: LaunchPlan) -> list[ExtensionSpec]:
         CapabilityError: a claim collides with the core or another claim.
     """
     specs = [spec for spec in map(to_spec, plan.extensions) if spec is not None]
-    check_claims(specs, plan.memory_mib)
+    if plan.engine == "core":  # another engine has other devices, and says itself what it cannot give
+        check_claims(specs, plan.memory_mib, plan.firmware)
+    elif plan.engine == "qemu":
+        from vmgraft.vmmhost.qemu.claims import check_specs
+
+        check_specs(specs)
+    if plan.supplements:
+        check_supplements(plan.extensions, plan.virtual_size, kernel=plan.direct is not None)
+        if plan.union is not None:
+            check_label(plan.extensions, plan.union.label)
     return specs
 
 
@@ -320,52 +271,3 @@ def _orderly_signals() -> Iterator[None]:
     finally:
         for number in taken:
             signal.signal(number, signal.SIG_DFL)
-
-
-def _verdict(report: Report) -> dict[str, Any]:
-    """Return what the audit log says of the verification."""
-    checks = [check.to_dict() for check in report.checks]
-    return {"ok": report.ok, "error": report.error, "checks": checks, "warnings": list(report.warnings)}
-
-
-def _failure(error: BaseException) -> dict[str, Any]:
-    """Return what the audit log says of a run that an exception ended."""
-    if isinstance(error, VmgraftError):
-        return error.to_dict()
-    codes = {KeyboardInterrupt: "interrupted", OSError: "file"}
-    code = next((code for kind, code in codes.items() if isinstance(error, kind)), "internal")
-    return {"code": code, "message": f"{type(error).__name__}: {error}"}
-
-
-def _ending(report: RunReport) -> dict[str, Any]:
-    """Return what the audit log says of a run's end."""
-    result = report.result
-    if result is None:
-        return {"code": report.error, "message": "the verification refused the image; nothing was started"}
-    return {
-        "reason": result.reason.value,
-        "detail": result.detail,
-        "wallSeconds": round(result.wall_seconds, 3),
-        "exits": result.exits,
-        "blocksChecked": result.blocks_checked,
-        "blocksWritten": result.blocks_written,
-    }
-
-
-def _statement_digest(graft: Graft) -> str:
-    """Return the SHA-256 of the signed statement."""
-    from vmgraft.signing.dsse import parse_envelope
-
-    return hashlib.sha256(parse_envelope(graft.envelopes()[0]).payload).hexdigest()
-
-
-def core_digest() -> str:
-    """Return the SHA-256 over names and contents of the privileged core's own files, its ROM among them."""
-    root = resources.files("vmgraft.vmmhost")
-    digest = hashlib.sha256()
-    for folder in ("core", "data"):
-        base = Path(str(root / folder))
-        for path in sorted(item for item in base.rglob("*") if item.suffix in (".py", ".bin")):
-            digest.update(json.dumps([str(path.relative_to(base.parent)), path.stat().st_size]).encode())
-            digest.update(path.read_bytes())
-    return digest.hexdigest()

@@ -7,23 +7,36 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final, Protocol
 
-from vmgraft.errors import CapabilityError
+from vmgraft.errors import CapabilityError, FileError, UsageError
 from vmgraft.imagefmt.contract import PROBE, Opening
 from vmgraft.signing.capabilities import (
     Flag,
     GuestWindow,
     HypercallRange,
+    IrqLine,
     MmioRange,
     PioRange,
+    ServiceClaim,
     parse_capability,
 )
 from vmgraft.signing.contract import Limits, VerifiedExtension
+from vmgraft.signing.dsse import parse_envelope
+from vmgraft.signing.files import read_regular
 from vmgraft.signing.keys import PublicKey
+from vmgraft.signing.virtio import virtio_of
 from vmgraft.vmmhost.core.memory import HIGH_BASE, LOW_END, is_ram, ram_bytes
-from vmgraft.vmmhost.core.portmap import planning_bus
+from vmgraft.vmmhost.core.portmap import FirmwareKind, planning_bus
+from vmgraft.vmmhost.core.services import Service
 from vmgraft.vmmhost.layer import spec as layer
+from vmgraft.vmmhost.layer.virtioshape import VirtioShape
+from vmgraft.vmmhost.supplements.compose import Composed
+from vmgraft.vmmhost.supplements.present import planned
+from vmgraft.vmmhost.verification import BEFORE
+
+#: Longest kernel or initial RAM disk, in bytes.
+DIRECT_MAX: Final = 1 << 30
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +45,7 @@ class RunOptions:
 
     Attributes:
         cpu: ``auto``, ``kvm`` or ``soft``.
-        boot: ``auto``, ``disk`` or ``cdrom``.
+        boot: ``auto``, ``disk``, ``cdrom`` or ``floppy``.
         memory_mib: Guest RAM.
         timeout: Wall-clock seconds until the guest is stopped; None for no limit.
         until: Stop as soon as this text stands on the screen or came out of the serial port.
@@ -45,6 +58,20 @@ class RunOptions:
         state: The rollback memory; None compares with nothing and remembers nothing.
         policy_keys: Keys of which one must have signed the policy.
         signed_policy: Refuse an unsigned policy.
+        engine: ``core`` for the host of this package, ``qemu`` for an installed QEMU.
+        firmware: ``trap`` or ``seabios``.
+        bios: File of the stock firmware; None for the installed one.
+        kernel: File of a kernel to start in place of the disk's own boot record. It is the operator's, not verified.
+        initrd: File of the initial RAM disk that goes with it.
+        append: Its command line.
+        supplements: Whether what extensions add to the disk is presented to the guest.
+        require_isolation: Least isolation level of every worker, and of the host itself (docs/sandbox.md).
+        layers: Images whose files are shown as one more volume, the lowest first; each must satisfy the policy.
+        control: Path of a Unix socket to listen on for ``vmgraft ctl``.
+        record: File that gets every packet between host and workers.
+        replay: Such a file, which answers in place of workers.
+        restore: A snapshot of this guest, from where it goes on.
+        verify_all: Read all of the content before the start, also where the record holds the signed content tree.
     """
 
     cpu: str = "auto"
@@ -61,6 +88,65 @@ class RunOptions:
     state: Path | None = None
     policy_keys: tuple[PublicKey, ...] = ()
     signed_policy: bool = False
+    engine: str = "core"
+    firmware: str = "trap"
+    bios: Path | None = None
+    kernel: Path | None = None
+    initrd: Path | None = None
+    append: str = ""
+    supplements: bool = True
+    layers: tuple[Path, ...] = ()
+    require_isolation: int = 0
+    control: Path | None = None
+    record: Path | None = None
+    replay: Path | None = None
+    restore: Path | None = None
+    verify_all: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class DirectFiles:
+    """A kernel of the operator's, read once: what the plan names by digest is what is started.
+
+    Attributes:
+        kernel: Its bytes.
+        initrd: The bytes of its initial RAM disk; empty for none.
+        append: Its command line.
+    """
+
+    kernel: bytes
+    initrd: bytes
+    append: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what the plan shows of it."""
+        return {
+            "kernelSha256": hashlib.sha256(self.kernel).hexdigest(),
+            "initrdSha256": hashlib.sha256(self.initrd).hexdigest() if self.initrd else None,
+            "append": self.append,
+        }
+
+
+def read_direct(options: RunOptions) -> DirectFiles | None:
+    """Read the kernel and initial RAM disk that the options name; None where they name none.
+
+    Raises:
+        UsageError: something goes with a kernel, but no kernel is named.
+        FileError: a file is no regular one, cannot be read, or is too long.
+    """
+    if options.kernel is None:
+        if options.initrd is not None or options.append:
+            raise UsageError("an initial RAM disk and a command line go with a kernel", hint="name one: --kernel FILE")
+        return None
+    initrd = b"" if options.initrd is None else _read_bounded(options.initrd, "the initial RAM disk")
+    return DirectFiles(_read_bounded(options.kernel, "the kernel"), initrd, options.append)
+
+
+def _read_bounded(path: Path, what: str) -> bytes:
+    data = read_regular(path, DIRECT_MAX, what=what, error=FileError)
+    if not 0 < len(data) <= DIRECT_MAX:
+        raise FileError(f"a file of 1 to {DIRECT_MAX} bytes is expected", file=path)
+    return data
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +164,15 @@ class LaunchPlan:
     boot: str
     cpu: str
     extensions: tuple[VerifiedExtension, ...]
+    engine: str = "core"
+    firmware: str = "trap"
+    supplements: bool = True
+    direct: DirectFiles | None = None
+    union: Composed | None = None
+    firmware_sha256: str | None = None
+    video_bios_sha256: str | None = None
+    restore_sha256: str | None = None
+    content_check: str = BEFORE
 
     def to_dict(self) -> dict[str, Any]:
         """Return the plan as printed by ``run --dry-run``, without its own digest."""
@@ -86,12 +181,21 @@ class LaunchPlan:
             "format": self.format,
             "virtualSize": self.virtual_size,
             "contentTree": self.tree_digest,
+            "contentCheck": self.content_check,
             "statementSha256": self.statement_sha256,
             "policy": self.policy,
             "signers": list(self.signers),
             "memoryMiB": self.memory_mib,
             "boot": self.boot,
+            "engine": self.engine,
+            "firmware": self.firmware,
+            "firmwareSha256": self.firmware_sha256,
+            "videoBiosSha256": self.video_bios_sha256,
+            "direct": None if self.direct is None else self.direct.to_dict(),
+            "union": None if self.union is None else self.union.to_dict(),
             "cpu": self.cpu,
+            "supplements": self.supplements,
+            "restoreSha256": self.restore_sha256,
             "extensions": [_extension(item) for item in self.extensions],
         }
 
@@ -100,6 +204,17 @@ class LaunchPlan:
         """SHA-256 of the plan in canonical JSON (sorted keys, no spaces)."""
         body = json.dumps(self.to_dict(), sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(body.encode()).hexdigest()
+
+
+class Enveloped(Protocol):
+    """A graft, or anything else that holds envelopes."""
+
+    def envelopes(self) -> Sequence[bytes]: ...  # noqa: D102
+
+
+def statement_digest(graft: Enveloped) -> str:
+    """Return the SHA-256 of the signed statement, in hex."""
+    return hashlib.sha256(parse_envelope(graft.envelopes()[0]).payload).hexdigest()
 
 
 def _extension(item: VerifiedExtension) -> dict[str, Any]:
@@ -118,6 +233,7 @@ def _extension(item: VerifiedExtension) -> dict[str, Any]:
         },
         "onFault": item.on_fault,
         "minIsolation": item.isolation,
+        "supplements": planned(item),
     }
 
 
@@ -127,6 +243,9 @@ def to_spec(item: VerifiedExtension) -> layer.ExtensionSpec | None:
         return None
     claims = [parse_capability(text) for text in item.capabilities]
     flags = {claim.name for claim in claims if isinstance(claim, Flag)}
+    # Who may take a service over need not be asked before it as well.
+    chained = {claim.name: claim.chain for claim in claims if isinstance(claim, ServiceClaim) and claim.chain}
+    services = chained | {claim.name: False for claim in claims if isinstance(claim, ServiceClaim) and not claim.chain}
     return layer.ExtensionSpec(
         id=item.id,
         version=item.version,
@@ -150,7 +269,21 @@ def to_spec(item: VerifiedExtension) -> layer.ExtensionSpec | None:
         tick="tick" in flags,
         stop="stop" in flags,
         min_isolation=item.isolation,
+        kv="kv" in flags,
+        metric="metric" in flags,
+        irqs=tuple(claim.line for claim in claims if isinstance(claim, IrqLine)),
+        services=tuple(layer.ServiceUse(name, chain) for name, chain in services.items()),
+        virtio=_virtio(item),
     )
+
+
+def _virtio(item: VerifiedExtension) -> VirtioShape | None:
+    """Translate the virtio device that an extension declares."""
+    table = virtio_of(item.manifest)
+    if table is None:
+        return None
+    features = sum(1 << bit for bit in table.features)
+    return VirtioShape(table.device, table.mmio, table.irq, table.queues, features)
 
 
 class _Nothing:
@@ -171,13 +304,17 @@ class _Nothing:
     def hypercall(self, number: int, args: tuple[int, int, int, int]) -> int:
         return 0
 
+    def serve(self, service: Service, a0: int, a1: int, data: bytes) -> None:
+        return
 
-def check_claims(specs: Sequence[layer.ExtensionSpec], memory_mib: int) -> None:
+
+def check_claims(specs: Sequence[layer.ExtensionSpec], memory_mib: int, firmware: str = FirmwareKind.TRAP) -> None:
     """Try every claim on a bus without a machine, so that a collision is found before anything is started.
 
     Args:
         specs: The extensions.
         memory_mib: RAM that the machine will have.
+        firmware: Its firmware, which brings devices of its own.
 
     Raises:
         CapabilityError: a range overlaps the core's devices, its memory, or another extension's claim, or a window is
@@ -185,7 +322,7 @@ def check_claims(specs: Sequence[layer.ExtensionSpec], memory_mib: int) -> None:
         UsageError: the memory size is out of bounds.
     """
     ram_end = ram_bytes(memory_mib)
-    trial, nothing = planning_bus(ram_end), _Nothing()
+    trial, nothing = planning_bus(ram_end, FirmwareKind(firmware)), _Nothing()
     for spec in specs:
         for window in spec.windows:
             _check_window(window, spec.id, ram_end)
@@ -195,6 +332,10 @@ def check_claims(specs: Sequence[layer.ExtensionSpec], memory_mib: int) -> None:
             trial.claim_mmio(area.base, area.size, nothing, spec.id)
         for numbers in spec.hypercalls:
             trial.claim_hypercall(numbers.first, numbers.last, nothing, spec.id)
+        for line in spec.irqs:
+            trial.claim_irq(line, spec.id)
+        for use in spec.services:
+            trial.claim_service(Service[use.name.upper()], nothing, spec.id, chain=use.chain)
 
 
 def _check_window(window: layer.GuestWindow, owner: str, ram_end: int) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Self
@@ -13,6 +14,7 @@ from vmgraft.signing.contract import Report, Status, VerifiedExtension
 from vmgraft.signing.keys import PublicKey
 from vmgraft.signing.policy import Policy, load_policy
 from vmgraft.signing.state import Ran, RollbackState, create_state, policy_trust
+from vmgraft.vmmhost.supplements.compose import Shown
 
 
 class RunMemory:
@@ -72,7 +74,12 @@ class RunMemory:
             self.state = RollbackState(path)
 
     def remember(
-        self, verdict: Report, extensions: Collection[VerifiedExtension], ready: Collection[str], sha256: str
+        self,
+        verdict: Report,
+        extensions: Collection[VerifiedExtension],
+        ready: Collection[str],
+        sha256: str,
+        shown: Collection[Shown] = (),
     ) -> None:
         """Raise what is remembered to the versions that are ready now, then close the memory.
 
@@ -83,24 +90,58 @@ class RunMemory:
             extensions: The extensions of this run.
             ready: Ids of those whose module is running.
             sha256: SHA-256 of the signed statement, in hex.
+            shown: Further images of which the guest sees files.
 
         Raises:
             RollbackError: a newer version got ready since this one was verified.
             StateError: the memory cannot be written.
         """
-        if self.state is not None and self._raising and verdict.policy is not None and verdict.statement is not None:
-            clean = all(check.status is not Status.WARN for check in verdict.checks)
-            counting = {item.id for item in extensions if item.module is None or item.id in ready}
-            entries = verdict.statement["predicate"]["extensions"]
-            ran = [
-                Ran(entry["id"], int(entry["securityVersion"]), int(entry["generation"]))
-                for entry in entries
-                if entry["id"] in counting
-            ]
-            if ran and clean:
-                raised = self.state.raise_to(verdict.policy, ran, statement=sha256, when=datetime.now(UTC))
-                self.raised = [seen.to_dict() for seen in raised]
+        counting = {item.id for item in extensions if item.module is None or item.id in ready}
+        self.raise_to(verdict, counting, sha256)
+        raised = self.raised
+        for layer in shown:
+            self.raise_to(layer.verdict, layer.extensions, layer.statement_sha256)
+            raised = [*raised, *(entry for entry in self.raised if entry not in raised)]
+        self.raised = raised
         self.close()
+
+    def raise_to(self, verdict: Report, counting: Collection[str], sha256: str) -> None:
+        """Raise what is remembered of the extensions named, unless a failure was only logged.
+
+        Args:
+            verdict: The verification that accepted them.
+            counting: Their ids.
+            sha256: SHA-256 of the signed statement, in hex.
+
+        Raises:
+            RollbackError: a newer version got ready since this one was verified.
+            StateError: the memory cannot be written.
+        """
+        if self.state is None or not self._raising or verdict.policy is None or verdict.statement is None:
+            return
+        clean = all(check.status is not Status.WARN for check in verdict.checks)
+        ran = [
+            Ran(entry["id"], int(entry["securityVersion"]), int(entry["generation"]))
+            for entry in verdict.statement["predicate"]["extensions"]
+            if entry["id"] in counting
+        ]
+        if ran and clean:
+            raised = self.state.raise_to(verdict.policy, ran, statement=sha256, when=datetime.now(UTC))
+            self.raised = [seen.to_dict() for seen in raised]
+
+    @contextmanager
+    def reopened(self) -> Iterator[None]:
+        """Open the memory again for a change to a running guest, and close it after.
+
+        Raises:
+            StateError: it cannot be used.
+        """
+        if self.path is not None and self.state is None:
+            self.state = RollbackState(self.path, writable=self._raising)
+        try:
+            yield
+        finally:
+            self.close()
 
     def to_dict(self) -> dict[str, Any] | None:
         """Return what the run report says of it, or None where nothing is remembered."""

@@ -16,6 +16,7 @@ from imagefmt_helpers import iso_bytes, sample_sections  # noqa: E402 - the line
 
 from vmgraft.imagefmt.contract import Placement  # noqa: E402
 from vmgraft.imagefmt.graft import attach_sections, open_image  # noqa: E402
+from vmgraft.imagefmt.record import Section, SectionKind  # noqa: E402
 from vmgraft.imagefmt.sidecar import sidecar_path  # noqa: E402
 from vmgraft.imagefmt.tree import digest_content  # noqa: E402
 
@@ -23,11 +24,14 @@ from vmgraft.imagefmt.tree import digest_content  # noqa: E402
 GOLDENS = {
     "raw/inline.img": (b"golden raw disk\n" * 100, Placement.INLINE),
     "raw/sidecar.img": (b"golden raw disk\n" * 64, Placement.SIDECAR),
+    "raw/files.img": (b"golden raw disk with files beside it\n" * 20, Placement.INLINE),
     "iso9660/inline.iso": (iso_bytes(20), Placement.INLINE),
     "iso9660/odd-size.iso": (iso_bytes(20, tail=b"behind the volume"), Placement.INLINE),
     "iso9660/footer-only.iso": (iso_bytes(20, field=b"taken " * 85 + b"!!"), Placement.INLINE),
     "iso9660/sidecar.iso": (iso_bytes(20), Placement.SIDECAR),
 }
+#: Two pieces of an extension's files, as the golden with files has them.
+FILES = (b"#cloud-config\nhostname: golden\n" + b"instance-id: golden\n", b"a second piece")
 
 
 def make(folder):
@@ -40,7 +44,10 @@ def make(folder):
         path.write_bytes(original)
         with open_image(path) as image:
             content = digest_content(image, flat="always")
-        attach_sections(path, sample_sections(96, compress=False), placement=placement, tree_digest=content.tree_digest)
+        sections = sample_sections(96, compress=False)
+        if path.stem == "files":
+            sections[3:3] = [Section(SectionKind.FILES, data) for data in FILES]
+        attach_sections(path, sections, placement=placement, tree_digest=content.tree_digest)
         expected[name] = {
             "placement": placement.value,
             "originalSha256": sha256(original).hexdigest(),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,7 +12,10 @@ from vmgraft.vmmhost.core.disk import VerifiedDisk
 from vmgraft.vmmhost.core.machine import Machine, MachineResult
 from vmgraft.vmmhost.core.probe import Engine, probe_kvm
 
-GUESTS = Path(__file__).parent / "guests"
+sys.path.insert(0, str(Path(__file__).parent))  # the helper modules of this folder
+
+from assembling import GUESTS, nasm  # noqa: E402 - found by the line above
+
 
 
 class MemoryContent:
@@ -29,9 +32,7 @@ class MemoryContent:
 
 @functools.cache
 def _assemble(name: str) -> bytes:
-    source = GUESTS / f"{name}.asm"
-    command = ["nasm", "-f", "bin", "-I", f"{GUESTS}/", "-o", "/dev/stdout", str(source)]
-    return subprocess.run(command, check=True, capture_output=True).stdout
+    return nasm(GUESTS / f"{name}.asm")
 
 
 @functools.cache

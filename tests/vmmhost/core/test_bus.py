@@ -129,7 +129,7 @@ def test_overlapping_mmio_names_both_owners():
 
 def test_hypercalls():
     bus, handler = Bus(RAM_END), Recorder(0x1122334455667788)
-    with pytest.raises(CapabilityError, match="discovery"):
+    with pytest.raises(CapabilityError, match="default hypercalls"):
         bus.claim_hypercall(0, 3, handler, "a")
     bus.claim_hypercall(16, 17, handler, "a")
     bus.claim_mmio(0xD0000, 16, handler, "b")

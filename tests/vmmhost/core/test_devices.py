@@ -13,7 +13,7 @@ from vmgraft.vmmhost.core.devices.serial import Serial
 from vmgraft.vmmhost.core.firmware.keyboard import key_code
 from vmgraft.vmmhost.core.screen import TEXT_BASE, TextScreen
 from vmgraft.vmmhost.core.softint import DeliveryError, walk
-from vmgraft.vmmhost.core.softirq import PIT_HZ, PicPair, PicPorts, Pit
+from vmgraft.vmmhost.core.softirq import PIT_HZ, LevelControl, PicPair, PicPorts, Pit
 
 
 @pytest.fixture
@@ -317,3 +317,19 @@ def test_screen_shows_code_page_437():
 )
 def test_key_codes(char, code):
     assert key_code(char) == code
+
+
+def test_lines_triggered_by_level_ask_as_long_as_they_are_up():
+    pair, master, slave = pics()
+    control = LevelControl(pair)
+    control.pio_write(0, 2, 0xFFFF)
+    assert control.pio_read(0, 2) == 0xDEF8  # timer, keyboard, cascade, clock and coprocessor stay with edges
+    slave.pio_write(1, 1, 0)
+    pair.set_line(10, True)
+    for _ in range(2):
+        assert pair.acknowledge() == 0x2A
+        for ports in (slave, master):
+            ports.pio_write(0, 1, 0x20)
+        assert pair.pending()  # nobody served the device
+    pair.set_line(10, False)
+    assert not pair.pending()

@@ -17,10 +17,11 @@ import pytest
 from vmgraft.errors import EngineUnavailableError, HostError, UsageError
 from vmgraft.vmmhost.core import kvm as kvm_module
 from vmgraft.vmmhost.core import kvm_abi as abi
-from vmgraft.vmmhost.core import softcpu
+from vmgraft.vmmhost.core import probe as probe_module
+from vmgraft.vmmhost.core import softwatch
 from vmgraft.vmmhost.core.contract import EndReason
 from vmgraft.vmmhost.core.memory import GuestRam
-from vmgraft.vmmhost.core.probe import NATIVE_RATE, Engine, detect, open_cpu, probe_kvm
+from vmgraft.vmmhost.core.probe import NATIVE_RATE, Engine, EngineInfo, detect, open_cpu, probe_kvm
 
 
 def descriptors() -> int:
@@ -62,13 +63,28 @@ def no_unicorn(monkeypatch):
 
 @pytest.mark.usefixtures("no_kvm")
 def test_auto_takes_the_software_cpu_without_kvm(run_guest):
-    assert run_guest(Engine.AUTO, "serial").engine == "soft"
+    result = run_guest(Engine.AUTO, "serial")
+    assert result.engine == "soft"
+    assert "No such file" in result.why
     with pytest.raises(EngineUnavailableError, match="No such file"):
         open_cpu(Engine.KVM, GuestRam(2))
 
 
-def test_auto_prefers_kvm(kvm, run_guest):
-    assert run_guest(Engine.AUTO, "serial").engine == "kvm"
+@pytest.mark.parametrize(("emulated", "engine"), [(False, "kvm"), (True, "soft")])
+def test_auto_prefers_kvm_where_it_is_native(kvm, run_guest, monkeypatch, emulated, engine):
+    found = EngineInfo("kvm", usable=True, emulated=emulated, reason="found so", rate=1)
+    monkeypatch.setattr(probe_module, "probe_kvm", lambda: found)
+    result = run_guest(Engine.AUTO, "serial")
+    assert (result.engine, result.why) == (engine, "KVM found so")
+    for chosen in (kvm, Engine.SOFT):
+        assert run_guest(chosen, "serial").engine == chosen.value
+
+
+@pytest.mark.usefixtures("no_unicorn")
+def test_auto_takes_a_kvm_that_emulates_where_there_is_nothing_else(kvm, run_guest, monkeypatch):
+    found = EngineInfo("kvm", usable=True, emulated=True, reason="found so", rate=1)
+    monkeypatch.setattr(probe_module, "probe_kvm", lambda: found)
+    assert run_guest(Engine.AUTO, "serial").engine == kvm.value
 
 
 @pytest.mark.usefixtures("no_unicorn")
@@ -238,7 +254,7 @@ def test_guest_memory_is_bounded():
 
 
 def test_code_watch_list_is_bounded(monkeypatch, run_guest):
-    monkeypatch.setattr(softcpu, "_WATCHED_MAX", 1)
+    monkeypatch.setattr(softwatch, "WATCHED_MAX", 1)
     assert run_guest(Engine.SOFT, "modes").serial == b"RPITL"
     assert run_guest(Engine.SOFT, "halt").reason is EndReason.HALT
 

@@ -9,18 +9,22 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vmgraft.vmmhost.core.boot import BootPlan
+from vmgraft.vmmhost.core.boot import BootPlan, Emulation
 from vmgraft.vmmhost.core.bus import Bus
 from vmgraft.vmmhost.core.contract import EndReason
 from vmgraft.vmmhost.core.cpu import GENERAL, SEGMENTS, Cpu
 from vmgraft.vmmhost.core.devices.cmos import Cmos
 from vmgraft.vmmhost.core.disk import BLOCK, VerifiedDisk
+from vmgraft.vmmhost.core.drives import Drive, DriveKind
 from vmgraft.vmmhost.core.firmware.bios import STUBS, TRAP_PORT, Firmware, rom_image
+from vmgraft.vmmhost.core.geometry import Geometry
 from vmgraft.vmmhost.core.memory import HIGH_BASE, ROM_BASE, GuestRam
 from vmgraft.vmmhost.core.screen import TextScreen
 
 DISK = BootPlan(0x80, 512, 0, 512, 0x7C00, 0, 0x7C00)
 CD = BootPlan(0xE0, 2048, 0, 2048, 0x7C00, 0, 0x7C00)
+FLOPPY = BootPlan(0x00, 512, 0, 512, 0x7C00, 0, 0x7C00)
+EMULATED = BootPlan(0x80, 2048, 0, 512, 0x7C00, 0, 0x7C00, 4, Emulation(2 * 2048, 100 * 512, Geometry(2, 2, 25)))
 STACK = 0x7000
 
 
@@ -53,7 +57,16 @@ class PaperCpu(Cpu):
     def set_irq(self, line, level):
         raise AssertionError
 
+    def show_cpuid(self, leaves):
+        raise AssertionError
+
     def run(self, dispatcher):
+        raise AssertionError
+
+    def state(self):
+        raise AssertionError
+
+    def set_state(self, state):
         raise AssertionError
 
     def close(self):
@@ -72,17 +85,17 @@ class SectorNumbers:
 class Bench:
     """A firmware whose calls the test makes itself."""
 
-    def __init__(self, plan=DISK, keys=""):
+    def __init__(self, plan=DISK, keys="", disk=None, drives=()):
         self.stops = []
         self.ram = GuestRam(4)
         self.cpu = PaperCpu(self.ram)
         self.bus = Bus(self.ram.size)
-        reader = SectorNumbers()
-        self.disk = VerifiedDisk(reader, lambda _index, _block: True, overlay_max=2 * BLOCK)
+        self.disk = disk or VerifiedDisk(SectorNumbers(), lambda _index, _block: True, overlay_max=2 * BLOCK)
         cmos = Cmos(self.cpu.now_ns, 0, self.ram.size)
         self.firmware = Firmware(
-            self.cpu, self.bus, self.disk, plan, cmos, keys=keys, host=self, stop_on_key_wait=False
-        )
+            self.cpu, self.bus, self.disk, plan, cmos, keys=keys, host=self, stop_on_key_wait=False,
+            drives=drives,
+        )  # fmt: skip
 
     def stop(self, reason, detail=""):
         self.stops.append((reason, detail))
@@ -111,16 +124,22 @@ CALLS = st.tuples(
 
 
 @settings(max_examples=300, deadline=None)
-@given(st.lists(CALLS, min_size=1, max_size=12), st.booleans(), st.binary(min_size=64, max_size=64))
-def test_no_call_can_break_the_host(calls, cd, noise):
-    bench = Bench(CD if cd else DISK)
+@given(
+    st.lists(CALLS, min_size=1, max_size=12),
+    st.sampled_from([DISK, CD, FLOPPY, EMULATED]),
+    st.sampled_from([0x00, 0x01, 0x7F, 0x80, 0x81, 0xE0, 0xE1]),
+    st.binary(min_size=64, max_size=64),
+)
+def test_no_call_can_break_the_host(calls, plan, drive, noise):
+    other = VerifiedDisk(SectorNumbers(), lambda _index, _block: True)
+    bench = Bench(plan, drives=[Drive(other, kind) for kind in DriveKind])
     bench.ram.write(0x440, noise)  # cursor, screen and disk fields of the BIOS data area
     bench.ram.write(0x8000, noise)
     for vector, function, chosen, selectors, sp in calls:
         registers = {"rsi": 0x8000, "rdi": 0x8000, "rbp": 0x8000} | chosen
         registers["rax"] = registers.get("rax", 0) & 0xFFFF00FF | function << 8
         if vector == 0x13:
-            registers["rdx"] = registers.get("rdx", 0) & ~0xFF | (0xE0 if cd else 0x80)
+            registers["rdx"] = registers.get("rdx", 0) & ~0xFF | drive
         bench.call(vector, selectors, **registers, rsp=sp)
     assert bench.ram.read(ROM_BASE, HIGH_BASE - ROM_BASE) == rom_image()
     assert len(TextScreen(bench.ram).lines()) == 25

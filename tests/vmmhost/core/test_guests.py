@@ -134,6 +134,11 @@ def test_time(engine, run_guest):
     assert 0.1 < result.wall_seconds < 10
 
 
+def test_interrupts_come_through_a_narrow_window(engine, run_guest):
+    result = run_guest(engine, "window", timeout=20)
+    assert (result.reason, result.serial) == (EndReason.SHUTDOWN, b"3")
+
+
 def test_memory_map(engine, run_guest):
     result = run_guest(engine, "memory", memory_mib=32)
     assert words(result.serial) == [

@@ -8,6 +8,7 @@ from importlib.resources import as_file, files
 
 from vmgraft.vmmhost.core.firmware import bios
 from vmgraft.vmmhost.core.firmware.call import BiosData
+from vmgraft.vmmhost.core.loaders import entry
 
 DATA = files("vmgraft.vmmhost").joinpath("data")
 
@@ -30,6 +31,14 @@ def test_rom_and_host_agree():
     assert 0xF0000 + value("STUBS") == bios.STUBS
     assert value("STUB_SIZE") == bios.STUB_SIZE
     assert 0x400 + value("WAIT_FLAG") == BiosData.WAIT_FLAG
+    assert 0x400 + value("POINTER_FLAG") == BiosData.POINTER_FLAG
+    assert value("KERNEL") == entry.ROM_ENTRY
+    area = value("EBDA") << 4
+    places = {name: area + value(name) for name in ("TABLE", "WIDE", "PAGES", "STACK", "TARGET", "REGISTERS")}
+    assert places["TABLE"] == entry.AREA_AT
+    # limit (2), base (4), 64-bit mode (1), padding, page tables (4), stack pointer (4)
+    assert [places[name] - entry.AREA_AT for name in ("WIDE", "PAGES", "STACK")] == [6, 8, 12]
+    assert (places["TARGET"], places["REGISTERS"]) == (entry.TARGET_AT, entry.REGISTERS_AT)
 
 
 def test_rom_layout():

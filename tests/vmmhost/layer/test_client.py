@@ -84,7 +84,7 @@ class Bus:
     """Keeps claims, and answers as the core's bus would."""
 
     def __init__(self):
-        self.claims = []
+        self.claims, self.texts = [], []
 
     def claim_pio(self, first, last, handler, owner):
         self.claims.append(("pio", first, last, handler, owner))
@@ -95,6 +95,9 @@ class Bus:
     def claim_hypercall(self, first, last, handler, owner):
         self.claims.append(("hypercall", first, last, handler, owner))
 
+    def describe(self, owner, text):
+        self.texts.append((owner, text))
+
 
 def test_claims_and_offsets(bench, clock_spec, entropy_spec):
     host, bus = bench.host(clock_spec, entropy_spec), Bus()
@@ -104,6 +107,7 @@ def test_claims_and_offsets(bench, clock_spec, entropy_spec):
         ("hypercall", 16, 17, "org.vmgraft.clock"),
         ("mmio", 0xD0000, 0x1000, "org.vmgraft.entropy"),
     ]
+    assert bus.texts == [(name, f"{name} 1.0.0") for name in ("org.vmgraft.clock", "org.vmgraft.entropy")]
     bench.now = 77
     assert bus.claims[0][3].pio_read(0, 4) == 77
     bus.claims[0][3].pio_write(0, 4, 1)
@@ -120,6 +124,15 @@ def test_on_start_sees_config(bench, wat):
         '(import "vmgraft" "config_read" (func $c (param i32 i32 i32) (result i32)))')  # fmt: skip
     proxy = bench.one(module, config=b"abcdef")
     assert proxy.pio_read(1, 4).to_bytes(4, "little") == b"cdef"
+
+
+def test_a_config_of_the_greatest_length(bench, wat):
+    module = wat("""(func (export "on_start") (param i32) (result i32)
+          (drop (call $c (i32.const 0) (i32.const 4) (i32.const 4092)))
+          (i32.sub (local.get 0) (i32.const 4096)))"""
+        + READ.format("(i64.load (i32.const 0))"),
+        '(import "vmgraft" "config_read" (func $c (param i32 i32 i32) (result i32)))')  # fmt: skip
+    assert bench.one(module, config=b"x" * 4092 + b"last").pio_read(1, 4).to_bytes(4, "little") == b"last"
 
 
 def test_hooks_get_what_the_guest_did(bench, wat):

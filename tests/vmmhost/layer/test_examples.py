@@ -12,10 +12,11 @@ import unicorn
 from unicorn import x86_const as x86
 
 import vmgraft.schemas
+from vmgraft.vmmhost.core.bus import Bus
 from vmgraft.vmmhost.layer.abi import EXPORTS, IMPORTS
-from vmgraft.vmmhost.layer.spec import ExtensionSpec, HypercallRange, LayerLimits, MmioRange, PioRange
+from vmgraft.vmmhost.layer.spec import ExtensionSpec, HypercallRange, LayerLimits, MmioRange, PioRange, ServiceUse
 
-NAMES = ["clock", "entropy"]
+NAMES = ["clock", "entropy", "timeshift", "virtiorng", "virtioconsole"]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -47,9 +48,9 @@ def test_manifest_follows_the_schema(examples, name):
     assert manifest["id"] == f"org.vmgraft.{name}"
 
 
-def test_both_examples_have_the_same_header(examples):
-    clock, entropy = ((examples / name / "vmgraft.h").read_text() for name in NAMES)
-    assert clock == entropy
+def test_the_examples_have_the_same_header(examples):
+    clock, *others = ((examples / name / "vmgraft.h").read_text() for name in NAMES)
+    assert others == [clock] * (len(NAMES) - 1)
     for name in IMPORTS:
         assert f"VMGRAFT_IMPORT({name})" in clock
     for name in EXPORTS:
@@ -155,3 +156,44 @@ def test_guest_sees_a_clock_that_runs_backwards(image):
             return 99
 
     assert "clock: 0x0000000000000064 bad\r\n" in Pc(image, clock=Backwards()).serial.decode()
+
+
+@pytest.mark.parametrize(
+    ("config", "seconds", "shown"),
+    [
+        ("seconds=-3600", 10_000, 6_400),
+        ("seconds=86400", 10_000, 96_400),
+        ("seconds=-3600", 3_599, 3_599),
+        ("seconds=40000000000", 10_000, 10_000),
+    ],
+)
+def test_timeshift_moves_the_clock_within_its_years(bench, examples, config, seconds, shown):
+    bus, host = Bus(1 << 24), bench.host(timeshift(examples, config))
+    host.claim(bus)
+    assert bus.services.rtc(seconds) == shown
+    assert host.proxies[0].summary()["metrics"] == ({} if seconds == shown else {"looks": 1})
+    assert bench.records("fault") == []
+
+
+@pytest.mark.parametrize("config", ["", "seconds", "second=5", "seconds=5 ", "seconds=--5", "seconds=" + "9" * 22])
+def test_timeshift_refuses_a_config_that_says_nothing(bench, examples, config):
+    host = bench.host(timeshift(examples, config))
+    assert host.proxies[0].state.value == "detached"
+    assert [record["kind"] for record in bench.records("fault")] == ["start"]
+
+
+def test_timeshift_hands_its_count_on(bench, examples):
+    bus, host = Bus(1 << 24), bench.host(timeshift(examples, "seconds=1"))
+    host.claim(bus)
+    bus.services.rtc(5)
+    host.replace(timeshift(examples, "seconds=2"))
+    assert bus.services.rtc(5) == 7
+    assert host.proxies[0].summary()["metrics"] == {"looks": 2}
+
+
+def timeshift(examples, config):
+    module = (examples / "timeshift/module.wasm").read_bytes()
+    return ExtensionSpec(
+        "org.vmgraft.timeshift", "1.0.0", module, config.encode(), on_fault="detach", metric=True,
+        services=(ServiceUse("rtc", chain=True),),
+    )  # fmt: skip

@@ -249,7 +249,7 @@ def test_a_restart_without_a_zygote_stops_the_guest(bench, wat):
 
 
 def test_isolation_below_the_minimum_starts_nothing(bench, wat, monkeypatch):
-    monkeypatch.setattr("vmgraft.vmmhost.layer.link.level_of", lambda _mechanisms: 2)
+    monkeypatch.setattr("vmgraft.vmmhost.layer.readiness.level_of", lambda _mechanisms: 2)
     with pytest.raises(HostError, match="isolation level 2"):
         bench.one(wat(""), min_isolation=3)
     assert bench.records("extension-start") == []

@@ -16,8 +16,46 @@ def test_call_comes_back():
 
 
 def test_setup_comes_back():
-    message = Setup(3, b"epoch=1", 1 << 20, 256, 65536, 10**9, 10, 3, bytes(range(32)))
+    message = Setup(1023, b"epoch=1", 1 << 20, 256, 65536, 10**9, 10, 3, bytes(range(32)), 1 << 15 | 1 << 5)
     assert protocol.parse_setup(protocol.setup(message)) == message
+
+
+@pytest.mark.parametrize("size", [0, 1, 4095, 4096, 4097, 8192, 65536])
+def test_data_comes_back(size):
+    data = bytes(index % 251 for index in range(size))
+    frames, rest = protocol.data_frames(7, data)
+    assert len(rest) <= 4096
+    before = b""
+    for packet in frames:
+        assert protocol.is_data(packet)
+        before += protocol.parse_data(packet, len(before))
+    message = Call(Kind.CALL_RESTORE, 0, 7, 1, 0, size, (0, 0, 0, 0), rest)
+    assert protocol.parse_call(protocol.call(message), before).data == data
+
+
+def test_data_that_may_not_be():
+    frames, _rest = protocol.data_frames(7, bytes(3 * 4096))
+    for packet, offset in ((frames[1], 0), (frames[0][:-1], 0), (frames[0], 65536), (frames[0] + b"x", 0)):
+        with pytest.raises(ProtocolError):
+            protocol.parse_data(packet, offset)
+    plain = Call(Kind.CALL_PIO_READ, 4, 7, 1, 0, 0, (9, 0, 0, 0))
+    assert plain.room == 0
+    assert plain._replace(kind=Kind.CALL_SERVICE).room == 9
+    assert plain._replace(kind=Kind.CALL_SNAPSHOT, args=(0xFFFFFFFF, 0, 0, 0)).room == 65536
+    for packet, before in ((protocol.call(plain) + b"x", b""), (protocol.call(plain), b"x")):
+        with pytest.raises(ProtocolError):
+            protocol.parse_call(packet, before)
+    restore = protocol.call(plain._replace(kind=Kind.CALL_RESTORE))
+    with pytest.raises(ProtocolError):
+        protocol.parse_call(restore + b"x", bytes(65536))
+
+
+def test_value_comes_back():
+    assert protocol.parse_value(protocol.frame(Kind.KV_DATA, 7, 0, b"value", flag=1), Kind.KV_DATA, 7) == b"value"
+    assert protocol.parse_value(protocol.frame(Kind.KV_DATA, 7), Kind.KV_DATA, 7) is None
+    for packet in (b"", protocol.frame(Kind.KV_DONE, 7), protocol.frame(Kind.KV_DATA, 8), bytes(5000)):
+        with pytest.raises(ProtocolError):
+            protocol.parse_value(packet, Kind.KV_DATA, 7)
 
 
 def test_module_in_packets():
@@ -79,6 +117,8 @@ def test_any_bytes_give_a_message_or_the_one_error(packet):
         lambda: protocol.parse_setup(packet),
         lambda: protocol.parse_module_packet(packet, 0),
         lambda: protocol.parse_answer(packet, Kind.GUEST_DATA, 0, 16),
+        lambda: protocol.parse_value(packet, Kind.KV_DATA, 0),
+        lambda: protocol.parse_data(packet, 0),
     ):
         try:
             parse()

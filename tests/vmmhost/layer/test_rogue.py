@@ -1,5 +1,6 @@
 """A worker that was taken over and speaks for itself: every lie is a fault, and nothing waits for ever."""
 
+import contextlib
 import os
 import socket
 import subprocess
@@ -11,10 +12,13 @@ from vmgraft.errors import HostError
 from vmgraft.vmmhost.layer import protocol
 from vmgraft.vmmhost.layer.faults import FaultKind, WorkerFaultError
 from vmgraft.vmmhost.layer.link import LinkEvents, WorkerLink
+from vmgraft.vmmhost.layer.meter import Meter
 from vmgraft.vmmhost.layer.protocol import Kind, Refusal
 from vmgraft.vmmhost.layer.sandbox import Mechanism
 from vmgraft.vmmhost.layer.spec import ExtensionSpec, GuestWindow, LayerLimits
 from vmgraft.vmmhost.layer.zygote import WorkerProcess
+
+LOCKED = protocol.frame(Kind.LOCKED, 0, Mechanism.PROCESS)
 
 
 class Rogue:
@@ -36,6 +40,12 @@ class Rogue:
         for packet in packets:
             self.socket.send(packet)
         return self.link.call(Kind.CALL_PIO_READ, 0, address=0x510, size=1)
+
+    def exchange(self, *packets, room=8):
+        """The same with a call that carries data."""
+        for packet in packets:
+            self.socket.send(packet)
+        return self.link.exchange(Kind.CALL_SERVICE, 0, size=3, address=8, room=room)
 
 
 @pytest.fixture
@@ -64,13 +74,27 @@ def test_an_honest_answer(rogue):
     assert rogue().call(protocol.frame(Kind.RESULT, 1, 42)) == 42
 
 
+def test_fuel_is_what_the_worker_says_up_to_the_limit(rogue):
+    """It is a statistic: nothing is decided by it, and nothing is gained by a lie."""
+    item = rogue()
+    meter = Meter()
+    item.link._events.on_fuel = meter.burn
+    assert item.call(protocol.frame(Kind.RESULT, 1, 42, (7).to_bytes(4, "little"))) == 42
+    assert meter.fuel() == {"total": 7, "max": 7}
+    assert item.call(protocol.frame(Kind.USED, 2, 1 << 63), protocol.frame(Kind.RESULT, 2, 5, b"\xff" * 4)) == 5
+    limit = item.link._spec.limits.fuel_per_call
+    assert meter.fuel() == {"total": 7 + 2 * limit, "max": limit}
+
+
 @pytest.mark.parametrize(
     "packet",
     [
         b"x",
         bytes(5000),
         protocol.frame(Kind.RESULT, 2, 42),
-        protocol.frame(Kind.RESULT, 1, 42, b"more"),
+        protocol.frame(Kind.RESULT, 1, 42, b"few"),
+        protocol.frame(Kind.RESULT, 1, 42, b"many!"),
+        protocol.frame(Kind.USED, 1, 42, b"x"),
         protocol.frame(Kind.READY, 1),
         protocol.frame(Kind.REFUSED, 1),
         protocol.frame(Kind.GUEST_DATA, 1),
@@ -78,6 +102,13 @@ def test_an_honest_answer(rogue):
         protocol.frame(Kind.STOP, 1),
         protocol.frame(Kind.SET_TICK, 1, 5),
         protocol.frame(Kind.GUEST_READ, 1, 0, length=5000),
+        protocol.frame(Kind.DATA, 1, 0, b"x"),
+        protocol.frame(Kind.ANSWER, 1, 0, b"x"),
+        protocol.frame(Kind.IRQ, 1, 5 << 1),
+        protocol.frame(Kind.KV_GET, 1, 0, b"key"),
+        protocol.frame(Kind.KV_PUT, 1, 0, b"keyvalue", flag=3),
+        protocol.frame(Kind.METRIC, 1, 7, b"name"),
+        protocol.frame(Kind.KV_DATA, 1, 0, b"x", flag=1),
         b"\xff" * 16,
     ],
 )
@@ -144,11 +175,13 @@ def test_a_worker_that_never_reads_its_module(rogue):
     item = rogue()
     item.spec = ExtensionSpec("org.example.rogue", "1", bytes(1 << 20))
     item.link._spec = item.spec
+    item.socket.send(LOCKED)
     fails(FaultKind.DEADLINE, lambda: item.link.start(bytes(32), 0.2, 1))
 
 
 def test_a_result_in_place_of_ready(rogue):
     item = rogue()
+    item.socket.send(LOCKED)
     item.socket.send(protocol.frame(Kind.RESULT, 0))
     fails(FaultKind.PROTOCOL, lambda: item.link.start(bytes(32), 0.5, 1))
 
@@ -160,3 +193,84 @@ def test_a_refusal_for_lack_of_isolation_is_the_hosts_error(rogue):
     with pytest.raises(HostError, match="level 1") as caught:
         item.link.start(bytes(32), 0.5, 1)
     assert (caught.value.code, caught.value.file, caught.value.hint) == ("host", "org.example.rogue", "hint")
+
+
+@pytest.mark.parametrize(
+    "packets",
+    [
+        [protocol.frame(Kind.ANSWER, 1, 9, bytes(9))],
+        [protocol.frame(Kind.ANSWER, 1, 1, b"x", flag=2)],
+        [protocol.frame(Kind.DATA, 1, 1, b"x")],
+        [protocol.frame(Kind.DATA, 1, 0, b"1234567"), protocol.frame(Kind.DATA, 1, 7, b"89")],
+        [protocol.frame(Kind.DATA, 1, 0, b"1234"), protocol.frame(Kind.DATA, 1, 0, b"1234")],
+        [protocol.frame(Kind.DATA, 1, 1 << 63, b"x")],
+        [protocol.frame(Kind.DATA, 1, 0, bytes(8)), protocol.frame(Kind.ANSWER, 1, 9, b"9")],
+        [protocol.frame(Kind.DATA, 1)],
+        [protocol.frame(Kind.RESULT, 1, 8, b"12345678")],
+    ],
+)
+def test_lies_about_the_data_of_an_answer(rogue, packets):
+    fails(FaultKind.PROTOCOL, lambda: rogue().exchange(*packets))
+
+
+def test_an_answer_in_pieces(rogue):
+    pieces = [protocol.frame(Kind.DATA, 1, 0, b"123"), protocol.frame(Kind.ANSWER, 1, 8, b"45678")]
+    assert rogue().exchange(*pieces) == (8, b"12345678")
+
+
+def test_what_is_left_of_an_answer_is_not_taken_for_the_next_one(rogue):
+    item = rogue()
+    assert item.exchange(protocol.frame(Kind.ANSWER, 1, 1, b"x")) == (1, b"x")
+    assert item.exchange(protocol.frame(Kind.RESULT, 2, 0)) == (0, b"")
+    fails(FaultKind.PROTOCOL, lambda: item.call(protocol.frame(Kind.DATA, 3, 0, b"x")))
+
+
+@pytest.mark.parametrize(
+    "packet",
+    [
+        protocol.frame(Kind.KV_PUT, 1, 0, b"key", flag=4),
+        protocol.frame(Kind.KV_PUT, 1, 0, b"key", flag=0),
+        protocol.frame(Kind.KV_PUT, 1, 0, bytes(5000), flag=3),
+        protocol.frame(Kind.KV_GET, 1),
+        protocol.frame(Kind.KV_GET, 1, 0, bytes(65)),
+        protocol.frame(Kind.METRIC, 1, 1),
+        protocol.frame(Kind.METRIC, 1, 1, bytes(65)),
+        protocol.frame(Kind.IRQ, 1, 6 << 1),
+        protocol.frame(Kind.IRQ, 1, 1 << 63 | 5 << 1),
+    ],
+)
+def test_lies_about_what_is_granted(rogue, packet):
+    item = rogue(kv=True, metric=True, irqs=(5,))
+    fails(FaultKind.PROTOCOL, lambda: item.call(packet))
+    assert item.events.store.items() == {}
+    assert item.events.metrics.values == {}
+
+
+def test_a_store_and_metrics_that_a_rogue_fills_stay_bounded(rogue):
+    item = rogue(kv=True, metric=True)
+    big = [protocol.frame(Kind.KV_PUT, 1, 0, bytes((n,)) * 4064, flag=64) for n in range(1, 40)]
+    names = [protocol.frame(Kind.METRIC, 1, 1, f"name {n}".encode()) for n in range(100)]
+    done = threading.Event()
+
+    def talk():
+        for packet in (*big, *names, protocol.frame(Kind.RESULT, 1, 5)):
+            item.socket.send(packet)
+        while not done.is_set():
+            with contextlib.suppress(TimeoutError):
+                item.socket.recv(64)
+
+    item.socket.settimeout(0.05)
+    thread = threading.Thread(target=talk)
+    thread.start()
+    assert item.link.call(Kind.CALL_PIO_READ, 0, address=0x510, size=1) == 5
+    done.set()
+    thread.join()
+    assert sum(map(len, item.events.store.items().values())) == 16 * 4000
+    assert len(item.events.metrics.values) == 64
+
+
+def test_a_store_key_is_what_the_packet_says(rogue):
+    item = rogue(kv=True)
+    put = protocol.frame(Kind.KV_PUT, 1, 0, b"keyvalue", flag=3)
+    assert item.call(put, protocol.frame(Kind.RESULT, 1, 1)) == 1
+    assert item.events.store.items() == {b"key": b"value"}

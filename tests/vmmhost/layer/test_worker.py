@@ -8,6 +8,8 @@ from vmgraft.vmmhost.layer import protocol, worker
 from vmgraft.vmmhost.layer.protocol import Call, Kind, ProtocolError, Refusal, Setup
 from vmgraft.vmmhost.layer.sandbox import Mechanism
 
+LOCKED = Mechanism.PROCESS | Mechanism.NO_NEW_PRIVS | Mechanism.NO_CAPABILITIES
+
 
 @pytest.fixture
 def ends():
@@ -30,7 +32,9 @@ def test_isolation_is_checked_before_the_module(ends):
     for packet in protocol.module_packets(hostile):
         ours.send(packet)
     with pytest.raises(worker._RefusedError):
-        worker._serve(channel, Mechanism.PROCESS | Mechanism.NO_NEW_PRIVS | Mechanism.NO_CAPABILITIES, fast=True)
+        worker._serve(channel, LOCKED, fast=True)
+    early = protocol.parse_worker_frame(ours.recv(8192), 0)
+    assert (early.kind, early.value) == (Kind.LOCKED, LOCKED)
     answer = protocol.parse_worker_frame(ours.recv(8192), 0)
     assert (answer.kind, answer.flag) == (Kind.REFUSED, Refusal.ISOLATION)
     assert b"below the 3" in answer.payload

@@ -4,6 +4,7 @@ import errno
 import os
 import resource
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -16,6 +17,7 @@ from vmgraft.vmmhost.layer import syscalls
 from vmgraft.vmmhost.layer.client import ExtensionHost
 from vmgraft.vmmhost.layer.spec import ExtensionSpec
 from vmgraft.vmmhost.layer.zygote import Zygote, describe_status
+from vmgraft.vmmhost.layer.zygote_main import EXITED
 
 ROOT = Path(__file__).parents[3]
 
@@ -137,6 +139,22 @@ sys.exit(", ".join(heavy) or 0)
     assert run.returncode == 0, run.stderr
 
 
+def test_an_end_is_not_taken_for_that_of_another_with_the_same_number(zygote):
+    class Everything(dict):
+        def pop(self, pid, default=None):
+            asked.append(pid)
+            return super().pop(pid, default)
+
+    asked, old = [], zygote._exits
+    zygote._exits = Everything(old)
+    try:
+        worker = zygote.spawn(1)
+        assert worker.pid in asked
+        assert worker.kill()
+    finally:
+        zygote._exits = old
+
+
 def test_without_descriptors_the_error_is_a_clear_one(zygote):
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard))
@@ -153,3 +171,13 @@ def test_a_machine_whose_clone_is_not_known(monkeypatch):
     with pytest.raises(OSError, match="riscv64") as caught:
         syscalls.clone(0)
     assert caught.value.errno == errno.ENOSYS
+
+
+def test_statuses_of_ended_workers_are_forgotten_in_time():
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        zygote = Zygote(None, ours, -1)
+        for pid in range(1000):
+            assert zygote._note(EXITED.pack(b"X", pid, 9))
+        assert list(zygote._exits) == list(range(744, 1000))
+        assert zygote.exit_status(999, 0.0) == 9

@@ -56,19 +56,34 @@ def inspect(image: Path, opening: Opening, as_json: bool) -> None:
 
 @click.command(epilog="Example: vmgraft extract disk.qcow2 statement -o -")
 @image_argument
-@click.argument("part", type=click.Choice(["statement", "envelope", "manifest", "module", "record"]))
-@click.option("--extension", help="Which extension's manifest or module.")
+@click.argument("part", type=click.Choice(["statement", "envelope", "manifest", "module", "files", "record"]))
+@click.option("--extension", help="Which extension's manifest, module or files.")
 @click.option(
-    "-o", "--output", type=click.Path(path_type=Path, allow_dash=True, dir_okay=False), default="-", show_default=True,
-    help="A new file, or - for stdout.",
+    "-o", "--output", type=click.Path(path_type=Path, allow_dash=True), default="-", show_default=True,
+    help="A new file, or - for stdout; for files a new or empty folder.",
 )  # fmt: skip
 @opening_options
 def extract(image: Path, part: str, extension: str | None, output: Path, opening: Opening) -> None:
     """Write a part of the graft as it is stored; nothing is verified."""
+    if part == "files":
+        _extract_files(image, extension, output, opening)
+        return
     from vmgraft.cli.files import write_output
     from vmgraft.inspect.extract import extract_part
 
     write_output(output, extract_part(image, part, extension=extension, opening=opening), what=part)
+
+
+def _extract_files(image: Path, extension: str | None, output: Path, opening: Opening) -> None:
+    """Write an extension's files and say which."""
+    from vmgraft.cli.output import printable
+    from vmgraft.errors import UsageError
+    from vmgraft.inspect.extractfiles import extract_files
+
+    if str(output) == "-":
+        raise UsageError("files go into a folder", field="output", hint="name a new or empty one with -o")
+    for path in extract_files(image, output, extension=extension, opening=opening):
+        click.echo(f"wrote {printable(str(path))}")
 
 
 @click.command(epilog="Example: vmgraft digest disk.qcow2 --json")
@@ -119,6 +134,7 @@ def diff(a: Path, b: Path, opening: Opening, quiet: bool, as_json: bool) -> int:
     from vmgraft.imagefmt.graft import open_image
     from vmgraft.inspect.diff import diff_images
     from vmgraft.inspect.report import state_warnings
+    from vmgraft.words import counted
 
     with open_image(a, opening) as left, open_image(b, opening) as right:
         with progress_bar("compare", quiet=quiet or as_json) as bar:
@@ -138,7 +154,7 @@ def diff(a: Path, b: Path, opening: Opening, quiet: bool, as_json: bool) -> int:
         where = f"  only in {printable(str(a if item.only_in == 'a' else b))}" if item.only_in else ""
         click.echo(f"{item.start:#014x}-{item.end:#014x}  {human_size(item.end - item.start)}{where}")
     total = sum(item.end - item.start for item in ranges)
-    click.echo(f"{len(ranges)} ranges, {human_size(total)} differ" if ranges else "identical")
+    click.echo(f"{counted(len(ranges), 'range')}, {human_size(total)} differ" if ranges else "identical")
     show_warnings(warnings)
     return code
 

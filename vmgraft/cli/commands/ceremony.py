@@ -175,12 +175,14 @@ def attach_signature(
     from vmgraft.imagefmt.contract import Placement
     from vmgraft.vendor.ceremony import CeremonyOptions, attach_signatures
     from vmgraft.vendor.pack import load_package
+    from vmgraft.words import counted
 
     if len(signatures) != len(public_keys):
         raise UsageError(
-            f"{len(signatures)} signatures and {len(public_keys)} public keys", field="public-key",
+            f"{counted(len(signatures), 'signature')} and {counted(len(public_keys), 'public key')}",
+            field="public-key",
             hint="name the key of each signature, in the same order",
-        )  # fmt: skip
+        )
     offered = _offered(signatures, public_keys, certificates)
     packages = [load_package(path) for path in extensions]
     options = CeremonyOptions(output, Placement(placement or "auto"), opening)

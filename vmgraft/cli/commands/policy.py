@@ -199,6 +199,7 @@ def check(
     from vmgraft.signing.policy import PolicyTrust, load_policy
     from vmgraft.signing.policylint import check_policy
     from vmgraft.vendor.pack import load_package
+    from vmgraft.words import counted
 
     loaded = load_policy(path, PolicyTrust(tuple(map(load_public, policy_keys)), signed_policy))
     manifests = [parse_manifest(load_package(folder).manifest) for folder in folders]
@@ -209,7 +210,9 @@ def check(
     for finding in findings:
         click.echo(f"warning: {printable(finding)}")
     signed = f", signed by {', '.join(loaded.signed_by)}" if loaded.signed_by else ""
-    click.echo(f"{printable(str(path))}: valid{signed}" + (f", {len(findings)} warnings" if findings else ""))
+    click.echo(
+        f"{printable(str(path))}: valid{signed}" + (f", {counted(len(findings), 'warning')}" if findings else "")
+    )
 
 
 @policy.command(

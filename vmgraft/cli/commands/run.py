@@ -1,4 +1,4 @@
-"""``vmgraft run`` and ``check-log``."""
+"""``vmgraft run``."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ from vmgraft.cli.options import (
 OUTPUT = click.Path(path_type=Path, allow_dash=True, dir_okay=False)
 
 if TYPE_CHECKING:
+    from vmgraft.cli.terminal import Terminal
     from vmgraft.imagefmt.contract import Opening
 
 
@@ -47,8 +48,20 @@ def _not_empty(_context: click.Context, _parameter: click.Parameter, value: str 
 @memory_option
 @cpu_option
 @click.option(
-    "--boot", type=click.Choice(["auto", "disk", "cdrom"]), default="auto", show_default=True,
-    help="Boot as a hard disk or as a CD; auto: what the content looks like.",
+    "--engine", type=click.Choice(["core", "qemu"]), default="core", show_default=True,
+    help="What the machine is: this package's own, or an installed QEMU.",
+)  # fmt: skip
+@click.option(
+    "--firmware", type=click.Choice(["trap", "seabios"]), default="trap", show_default=True,
+    help="BIOS services answered by the host, or SeaBIOS as installed (core engine).",
+)  # fmt: skip
+@click.option("--bios", type=FILE, help="SeaBIOS as this file, for --firmware seabios (default: the installed one).")
+@click.option("--kernel", type=FILE, help="Start this kernel, the operator's own, in place of what the disk boots.")
+@click.option("--initrd", type=FILE, help="Initial RAM disk that goes with --kernel.")
+@click.option("--append", default="", help="Command line that goes with --kernel.")
+@click.option(
+    "--boot", type=click.Choice(["auto", "disk", "cdrom", "floppy"]), default="auto", show_default=True,
+    help="Boot as a hard disk, CD or floppy; auto: what the content looks like.",
 )  # fmt: skip
 @click.option("--memory", type=click.IntRange(2, 3072), default=64, show_default=True, help="Guest RAM in MiB.")
 @click.option(
@@ -61,9 +74,30 @@ def _not_empty(_context: click.Context, _parameter: click.Parameter, value: str 
 )  # fmt: skip
 @click.option("--keys", default="", help="Text typed into the guest's keyboard.")
 @click.option("--screen", type=OUTPUT, help="Write the text screen as it stands at the end: a new file, or - .")
+@click.option(
+    "--screen-format", type=click.Choice(["text", "png"]),
+    help="Lines of text, or a picture. Default: a picture where the file's name ends in .png.",
+)  # fmt: skip
 @click.option("--serial", type=OUTPUT, help="Write what the guest sends to COM1: a new file, or - (default).")
+@click.option(
+    "--console", is_flag=True, help="Make this terminal the guest's serial port: keys go to it, Ctrl-] ends the run."
+)
+@click.option("--control", type=FILE, metavar="SOCKET", help="Listen on this Unix socket for `vmgraft ctl`.")
+@click.option("--record", type=FILE, help="Write every call of an extension, and what came of it, to this new file.")
+@click.option("--replay", type=FILE, help="Let such a file answer in place of the extensions; no module runs.")
+@click.option("--restore", type=FILE, metavar="FILE", help="Go on from what `vmgraft ctl SOCKET snapshot` kept.")
+@click.option(
+    "--require-isolation", type=click.IntRange(0, 3), default=0, show_default=True,
+    help="Refuse where the host or a worker reaches less than this isolation level (docs/sandbox.md).",
+)  # fmt: skip
 @click.option("--audit-log", type=FILE, help="Write a hash-chained log of decisions and faults to this new file.")
 @click.option("--without-extensions", is_flag=True, help="Boot the verified image, but load no extension.")
+@click.option("--without-supplements", is_flag=True, help="Leave out what extensions add to the disk.")
+@click.option(
+    "--layer", "layers", type=FILE, multiple=True,
+    help="Show the files of this image too, in one read-only volume for all layers; repeatable, the lowest first.",
+)  # fmt: skip
+@click.option("--verify-all", is_flag=True, help="Read all content first, also where the image holds its signed tree.")
 @click.option("--dry-run", is_flag=True, help="Verify and print the launch plan; start nothing.")
 @opening_options
 @quiet_option
@@ -75,15 +109,31 @@ def run(
     signed_policy: bool,
     state: Path | None,
     cpu: str,
+    engine: str,
+    firmware: str,
+    bios: Path | None,
+    kernel: Path | None,
+    initrd: Path | None,
+    append: str,
     boot: str,
     memory: int,
     timeout: float | None,
     until: str | None,
     keys: str,
     screen: Path | None,
+    screen_format: str | None,
     serial: Path | None,
+    console: bool,
+    control: Path | None,
+    record: Path | None,
+    replay: Path | None,
+    restore: Path | None,
+    require_isolation: int,
     audit_log: Path | None,
     without_extensions: bool,
+    without_supplements: bool,
+    layers: tuple[Path, ...],
+    verify_all: bool,
     dry_run: bool,
     opening: Opening,
     quiet: bool,
@@ -94,6 +144,8 @@ def run(
     Nothing is started unless every check passes. The image is never written; the guest's writes are gone at the end.
     The versions that ran are remembered, and older ones refused from then on (--state).
     """
+    from contextlib import ExitStack
+
     from vmgraft.cli.console import Outputs
     from vmgraft.cli.output import progress_bar
     from vmgraft.cli.runview import finish_run, warn_before
@@ -104,29 +156,37 @@ def run(
     options = RunOptions(
         cpu=cpu, boot=boot, memory_mib=memory, timeout=timeout, until=until, keys=keys,
         extensions=not without_extensions, opening=opening, audit_log=audit_log, state=state,
-        policy_keys=tuple(map(load_public, policy_keys)), signed_policy=signed_policy,
+        policy_keys=tuple(map(load_public, policy_keys)), signed_policy=signed_policy, control=control,
+        record=record, replay=replay, restore=restore, engine=engine, firmware=firmware, bios=bios,
+        kernel=kernel, initrd=initrd, append=append,
+        supplements=not without_supplements, layers=layers, require_isolation=require_isolation,
+        verify_all=verify_all,
     )  # fmt: skip
-    with Outputs(screen=screen, serial=serial, as_json=as_json) as outputs:
-        with progress_bar("verify", quiet=quiet or as_json) as bar:
+    terminal = _terminal(serial, as_json=as_json) if console and not dry_run else None
+    with Outputs(screen=screen, form=screen_format, serial=serial, as_json=as_json, terminal=terminal) as outputs:
+        with progress_bar("verify", quiet=quiet or as_json or console) as bar, ExitStack() as stack:
             launcher = Launcher(
-                image, policy_path, options, serial=outputs.serial_sink, progress=bar,
+                image, policy_path, options, serial=outputs.serial_sink, progress=bar, console=terminal,
                 judged=None if as_json else warn_before, confine=not dry_run,
             )  # fmt: skip
+            if terminal is not None:
+                stack.enter_context(terminal)
             report = launcher.plan() if dry_run else launcher.run()
         return finish_run(report, image, outputs, as_json=as_json)
 
 
-@click.command("check-log", epilog="Example: vmgraft check-log audit.jsonl --head 3f1c…")
-@click.argument("log", type=FILE)
-@click.option("--head", help="Hash of the last line, as the run reported it.")
-@json_option
-def check_log(log: Path, head: str | None, as_json: bool) -> None:
-    """Check that no line of an audit log was changed, removed, added or moved."""
-    from vmgraft.cli.output import emit_ok, printable
-    from vmgraft.vmmhost.audit import check_chain
+def _terminal(serial: Path | None, *, as_json: bool) -> Terminal:
+    """Return the user's terminal, for a console.
 
-    count, last = check_chain(log, head)
-    if as_json:
-        emit_ok({"records": count, "head": last})
-    else:
-        click.echo(f"{printable(str(log))}: {count} records, the chain holds, head {last}")
+    Raises:
+        UsageError: it cannot be one.
+    """
+    import sys
+
+    from vmgraft.cli.output import interactive
+    from vmgraft.cli.terminal import Terminal
+    from vmgraft.errors import UsageError
+
+    if serial is not None or as_json or not interactive(sys.stdout):
+        raise UsageError("--console needs stdout for itself, a terminal", hint="leave --serial and --json out")
+    return Terminal()

@@ -56,6 +56,10 @@ def new(folder: Path, extension_id: str | None, as_json: bool) -> None:
 @keys_option(required=True)
 @click.option("--add", "mode", flag_value="add", help="Add to the extensions that IMAGE carries, behind them.")
 @click.option("--replace", "mode", flag_value="replace", help="As --add, but ids that are there get the new version.")
+@click.option(
+    "--with-tree", is_flag=True,
+    help="Store the content tree too: hosts then start without reading all content. An edit keeps it.",
+)  # fmt: skip
 @click.option("--allow-downgrade", is_flag=True, help="With --replace: let securityVersion and generation go down.")
 @signing_options
 @opening_options
@@ -66,6 +70,7 @@ def attach(
     extensions: tuple[Path, ...],
     keys: Keys,
     mode: str | None,
+    with_tree: bool,
     allow_downgrade: bool,
     signing: Signing,
     opening: Opening,
@@ -92,10 +97,12 @@ def attach(
         )
     if allow_downgrade and mode != "replace":
         raise UsageError("nothing is replaced", field="allow-downgrade", hint="it goes with --replace")
+    if with_tree and mode is not None:
+        raise UsageError("an edit keeps the tree that is there", field="with-tree", hint="it goes with a fresh graft")
     packages = [load_package(folder) for folder in extensions]
     signers = keys.load()
     if mode is None:
-        fresh = _attach_options(signing, opening)
+        fresh = _attach_options(signing, opening, tree=with_tree)
         with orderly_end(), progress_bar("digest", quiet=quiet or as_json) as progress:
             done = grafting.attach(image, packages, signers, fresh, progress)
         _report_attached(done, packages, opening, as_json)
@@ -107,7 +114,7 @@ def attach(
     _report_edited(edited, {package.id for package in packages}, opening, as_json)
 
 
-def _attach_options(signing: Signing, opening: Opening) -> AttachOptions:
+def _attach_options(signing: Signing, opening: Opening, *, tree: bool) -> AttachOptions:
     """Return how to attach, defaults filled in."""
     from vmgraft.imagefmt.contract import Placement
     from vmgraft.vendor.graft import AttachOptions
@@ -119,6 +126,7 @@ def _attach_options(signing: Signing, opening: Opening) -> AttachOptions:
         flat=signing.flat_digest or "auto",
         expires=signing.expires,
         opening=opening,
+        tree=tree,
     )
 
 

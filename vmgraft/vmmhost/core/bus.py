@@ -7,20 +7,30 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Final, Protocol
+from typing import Final
 
 from vmgraft.errors import CapabilityError
+from vmgraft.vmmhost.core.claims import (
+    ALL_ONES_64,
+    Claim,
+    Doorbell,
+    HypercallClaim,
+    MmioClaim,
+    PioClaim,
+    Registers,
+    Reserved,
+)
 from vmgraft.vmmhost.core.contract import HypercallHandler, MmioHandler, PioEvent, PioHandler
 from vmgraft.vmmhost.core.cpu import POLL_SECONDS
+from vmgraft.vmmhost.core.hypercalls import DEFAULTS, DefaultHypercalls
 from vmgraft.vmmhost.core.memory import LOW_END, ROM_BASE
+from vmgraft.vmmhost.core.services import Service, ServiceHandler, ServiceTable
 
 CORE: Final = "core"
 #: The hypercall doorbell: one 32-bit OUT of the number; see docs/host.md.
 DOORBELL_PORT: Final = 0x564
 #: What hypercall 0 answers in its low half: "VGFT".
 DISCOVERY_MAGIC: Final = 0x56474654
-ALL_ONES_64: Final = (1 << 64) - 1
 PORT_MAX: Final = 0xFFFF
 HYPERCALL_MAX: Final = 0xFFFFFFFF
 #: Top of the address space in which MMIO may be claimed.
@@ -29,53 +39,15 @@ MMIO_END: Final = 1 << 32
 MMIO_RESERVED: Final = ((0xFEC00000, 0xFED00000), (0xFEE00000, 0xFEF00000), (0xFFFBC000, 1 << 32))
 #: Ports of the interrupt controllers and the timer, which KVM serves in the kernel.
 IRQCHIP_PORTS: Final = ((0x20, 0x21), (0x40, 0x43), (0xA0, 0xA1), (0x4D0, 0x4D1))
+#: ISA lines of timer, keyboard, cascade and COM1 (IBM PC AT); the others are free until claimed.
+CORE_IRQS: Final = (0, 1, 2, 4)
+IRQ_MAX: Final = 15
+#: Services that guests reach through the doorbell.
+_BELLS: Final = (Service.HYPERCALL, Service.ENTROPY)
 #: Widths that a handler of MMIO knows, in bytes.
 _MMIO_SIZES: Final = (1, 2, 4, 8)
 #: Longest I/O trace kept; later events are only counted.
 TRACE_MAX: Final = 1_000_000
-
-
-class Registers(Protocol):
-    """The registers of the calling guest, by name."""
-
-    def get(self, name: str) -> int: ...  # noqa: D102
-    def set(self, name: str, value: int) -> None: ...  # noqa: D102
-
-
-@dataclass(frozen=True, slots=True)
-class Claim:
-    """One owner's range, both ends included."""
-
-    first: int
-    last: int
-    owner: str
-
-
-@dataclass(frozen=True, slots=True)
-class _Pio(Claim):
-    handler: PioHandler
-    traced: bool = True
-
-
-@dataclass(frozen=True, slots=True)
-class _Mmio(Claim):
-    handler: MmioHandler
-
-
-@dataclass(frozen=True, slots=True)
-class _Hypercall(Claim):
-    handler: HypercallHandler
-
-
-class Reserved:
-    """Answers ports that are taken, but not by anything in this process."""
-
-    def pio_read(self, offset: int, size: int) -> int:
-        """Nothing to read."""
-        return ALL_ONES_64
-
-    def pio_write(self, offset: int, size: int, value: int) -> None:
-        """Nothing to write."""
 
 
 class Bus:
@@ -84,10 +56,11 @@ class Bus:
     Args:
         ram_end: First guest-physical address above RAM; MMIO may be claimed from there.
         trace: Keep every port access as a :class:`PioEvent` in :attr:`events`.
+        services: The machine's services; None for a table of its own.
     """
 
-    def __init__(self, ram_end: int, *, trace: bool = False) -> None:
-        self.stopping = False
+    def __init__(self, ram_end: int, *, trace: bool = False, services: ServiceTable | None = None) -> None:
+        self.stopping = self.resting = False
         self.poll_seconds = POLL_SECONDS
         self.poller: Callable[[], None] | None = None
         self.registers: Registers | None = None
@@ -95,11 +68,20 @@ class Bus:
         self.events: list[PioEvent] = []
         self.events_dropped = 0
         self._ram_end = ram_end
-        self._pio: list[_Pio] = []
-        self._ports: dict[int, _Pio] = {}
-        self._mmio: list[_Mmio] = []
-        self._hypercalls: list[_Hypercall] = []
-        self._owners: set[str] = set()
+        #: Where MMIO may be claimed below 1 MiB, and what is taken above RAM.
+        self.low_hole = range(LOW_END, ROM_BASE)
+        self.mmio_reserved = [Claim(start, end - 1, f"{CORE} (interrupt controllers)") for start, end in MMIO_RESERVED]
+        self._pio: list[PioClaim] = []
+        self._ports: dict[int, PioClaim] = {}
+        self._mmio: list[MmioClaim] = []
+        self._hypercalls: list[HypercallClaim] = []
+        self._irqs: dict[int, str] = dict.fromkeys(CORE_IRQS, CORE)
+        self._owners: dict[str, str] = {}  # owner → what the guest is told about it
+        self.services = ServiceTable() if services is None else services
+        #: Answers hypercalls 1-15; None where there is no machine.
+        self.defaults: DefaultHypercalls | None = None
+        #: Drives an interrupt line of the machine.
+        self.irq_driver: Callable[[int, bool], None] | None = None
 
     # --- claims -----------------------------------------------------------------------------------------------------
 
@@ -111,7 +93,7 @@ class Bus:
         """
         if not 0 <= first <= last <= PORT_MAX:
             raise CapabilityError(f"{owner} claims ports {first:#x}-{last:#x}, which do not exist", field="pio")
-        claim = _Pio(first, last, owner, handler, traced)
+        claim = PioClaim(first, last, owner, handler, traced)
         if owner != CORE and first <= DOORBELL_PORT + 3 and last >= DOORBELL_PORT:
             self._refuse("ports", claim, Claim(DOORBELL_PORT, DOORBELL_PORT + 3, f"{CORE} (hypercall doorbell)"))
         self._check("ports", claim, self._pio)
@@ -132,15 +114,15 @@ class Bus:
         Raises:
             CapabilityError: when the range overlaps RAM, ROM, a reserved range or another claim.
         """
-        claim = _Mmio(base, base + size - 1, owner, handler)
-        hole = base >= LOW_END and claim.last < ROM_BASE
+        claim = MmioClaim(base, base + size - 1, owner, handler)
+        hole = base >= self.low_hole.start and claim.last < self.low_hole.stop
         above = self._ram_end <= base and claim.last < MMIO_END
         if size < 1 or not (hole or above):
             message = f"{owner} claims MMIO {base:#x}-{claim.last:#x}, which is not free of the core's RAM and ROM"
-            hint = f"claim inside {LOW_END:#x}-{ROM_BASE - 1:#x} or {self._ram_end:#x}-{MMIO_END - 1:#x}"
+            low = f"{self.low_hole.start:#x}-{self.low_hole.stop - 1:#x} or " if self.low_hole else ""
+            hint = f"claim inside {low}{self._ram_end:#x}-{MMIO_END - 1:#x}"
             raise CapabilityError(message, field="mmio", hint=hint)
-        reserved = [Claim(start, end - 1, f"{CORE} (interrupt controllers)") for start, end in MMIO_RESERVED]
-        self._check("MMIO", claim, [*reserved, *self._mmio])
+        self._check("MMIO", claim, [*self.mmio_reserved, *self._mmio])
         self._mmio.append(claim)
         self._mmio.sort(key=lambda each: each.first)
         self._note(owner)
@@ -149,20 +131,112 @@ class Bus:
         """Answer hypercall numbers ``first`` to ``last`` by ``handler``; the first such claim installs the doorbell.
 
         Raises:
-            CapabilityError: when the range holds number 0 (discovery), is not valid, or overlaps another claim.
+            CapabilityError: when the range holds one of the core's own numbers 0-15, is not valid, or overlaps another
+                claim.
         """
         if not 0 <= first <= last <= HYPERCALL_MAX:
             raise CapabilityError(f"{owner} claims hypercalls {first}-{last}, which do not exist", field="hypercall")
-        claim = _Hypercall(first, last, owner, handler)
-        self._check("hypercalls", claim, [Claim(0, 0, f"{CORE} (discovery)"), *self._hypercalls])
-        if not self._hypercalls:
-            self.claim_pio(DOORBELL_PORT, DOORBELL_PORT + 3, _Doorbell(self), CORE)
+        claim = HypercallClaim(first, last, owner, handler)
+        own = Claim(0, DEFAULTS.stop - 1, f"{CORE} (default hypercalls)")
+        self._check("hypercalls", claim, [own, *self._hypercalls])
         self._hypercalls.append(claim)
+        self._hang_doorbell()
         self._note(owner)
+
+    def claim_service(
+        self, service: Service, handler: ServiceHandler, owner: str, *, chain: bool = False, rank: int = 0
+    ) -> None:
+        """Let a handler answer for a default service; see :class:`~vmgraft.vmmhost.core.services.ServiceTable`.
+
+        Raises:
+            CapabilityError: another owner overrides the service already.
+        """
+        self.services.register(service, handler, owner, chain=chain, rank=rank)
+        self._hang_doorbell()
+        self._note(owner)
+
+    def claim_irq(self, line: int, owner: str) -> Callable[[bool], None]:
+        """Take an ISA interrupt line; the function returned drives it, for as long as the owner holds it.
+
+        Raises:
+            CapabilityError: the line does not exist, or another owner holds it.
+        """
+        if not 0 <= line <= IRQ_MAX:
+            raise CapabilityError(f"{owner} claims interrupt line {line}, which does not exist", field="irq")
+        if line in self._irqs:
+            message = f"{owner} claims interrupt line {line}, which {self._irqs[line]} holds"
+            raise CapabilityError(message, field="irq", hint="load one of the two, or use another line")
+        self._irqs[line] = owner
+        self._note(owner)
+
+        def drive(level: bool) -> None:
+            if self.irq_driver is not None and self._irqs.get(line) == owner:
+                self.irq_driver(line, level)
+
+        return drive
+
+    def _hang_doorbell(self) -> None:
+        """Put the doorbell where guests find it as soon as there is something behind it, and take it away after."""
+        wanted = bool(self._hypercalls) or any(self.services.served(service) for service in _BELLS)
+        if wanted and DOORBELL_PORT not in self._ports:
+            self.claim_pio(DOORBELL_PORT, DOORBELL_PORT + 3, Doorbell(self), CORE)
+        elif not wanted and DOORBELL_PORT in self._ports:
+            self._drop_ports([self._ports[DOORBELL_PORT]])
+
+    def _drop_ports(self, claims: Sequence[PioClaim]) -> None:
+        for claim in claims:
+            self._pio.remove(claim)
+            for port in range(claim.first, claim.last + 1):
+                del self._ports[port]
+
+    def release(self, owner: str) -> Callable[[], None]:
+        """Take back everything that an owner claimed; the function returned gives it back.
+
+        That works as long as nobody else has claimed any of it in between.
+
+        Raises:
+            ValueError: the owner is the core.
+        """
+        if owner == CORE:
+            raise ValueError("the core keeps its claims")
+        ports = [claim for claim in self._pio if claim.owner == owner]
+        mmio = [claim for claim in self._mmio if claim.owner == owner]
+        hypercalls = [claim for claim in self._hypercalls if claim.owner == owner]
+        irqs = [line for line, holder in self._irqs.items() if holder == owner]
+        text = self._owners.pop(owner, None)
+        self._drop_ports(ports)
+        self._mmio = [claim for claim in self._mmio if claim.owner != owner]
+        self._hypercalls = [claim for claim in self._hypercalls if claim.owner != owner]
+        for line in irqs:
+            del self._irqs[line]
+        undo_services = self.services.release(owner)
+        self._hang_doorbell()
+
+        def undo() -> None:
+            for claim in ports:
+                self.claim_pio(claim.first, claim.last, claim.handler, owner, traced=claim.traced)
+            self._mmio = sorted([*self._mmio, *mmio], key=lambda each: each.first)
+            self._hypercalls += hypercalls
+            self._irqs |= dict.fromkeys(irqs, owner)
+            undo_services()
+            self._hang_doorbell()
+            if text is not None:
+                self._owners[owner] = text
+
+        return undo
 
     def owners(self) -> tuple[str, ...]:
         """Return everybody but the core who claimed something, sorted."""
         return tuple(sorted(self._owners))
+
+    def describe(self, owner: str, text: str) -> None:
+        """Say what the guest is told about an owner; those who claimed nothing are not told of."""
+        if owner in self._owners:
+            self._owners[owner] = text
+
+    def descriptions(self) -> tuple[str, ...]:
+        """Return what the guest is told about each owner, in the order of :meth:`owners`."""
+        return tuple(self._owners[owner] for owner in self.owners())
 
     def ports_of(self, owner: str) -> tuple[tuple[int, int], ...]:
         """Return the port ranges of an owner, sorted."""
@@ -170,7 +244,7 @@ class Bus:
 
     def _note(self, owner: str) -> None:
         if owner != CORE:
-            self._owners.add(owner)
+            self._owners.setdefault(owner, owner)
 
     def _check(self, what: str, claim: Claim, others: Sequence[Claim]) -> None:
         for other in others:
@@ -222,7 +296,7 @@ class Bus:
                     offset = (port + index & PORT_MAX) - claim.first
                     claim.handler.pio_write(offset, 1, value >> (8 * index) & 0xFF)
 
-    def _find_mmio(self, gpa: int, size: int) -> _Mmio | None:
+    def _find_mmio(self, gpa: int, size: int) -> MmioClaim | None:
         index = bisect_right(self._mmio, gpa, key=lambda claim: claim.first) - 1
         if index < 0 or gpa + size - 1 > self._mmio[index].last:
             return None
@@ -250,6 +324,8 @@ class Bus:
         """Answer a hypercall with 64 bits; numbers nobody claimed give all ones."""
         if number == 0:
             return DISCOVERY_MAGIC | len(self._owners) << 32
+        if number in DEFAULTS and self.defaults is not None:
+            return self.defaults.hypercall(number, args) & ALL_ONES_64
         for claim in self._hypercalls:
             if claim.first <= number <= claim.last:
                 return claim.handler.hypercall(number, args) & ALL_ONES_64
@@ -266,22 +342,3 @@ class Bus:
             self.events.append(event)
         else:
             self.events_dropped += 1
-
-
-class _Doorbell:
-    """The port behind which hypercalls wait: 32-bit writes only."""
-
-    def __init__(self, bus: Bus) -> None:
-        self._bus = bus
-
-    def pio_read(self, offset: int, size: int) -> int:
-        return ALL_ONES_64
-
-    def pio_write(self, offset: int, size: int, value: int) -> None:
-        registers = self._bus.registers
-        if offset != 0 or size != 4 or registers is None:
-            return
-        args = [registers.get(name) & 0xFFFFFFFF for name in ("rbx", "rcx", "rsi", "rdi")]
-        result = self._bus.hypercall(value, (args[0], args[1], args[2], args[3]))
-        registers.set("rax", result & 0xFFFFFFFF)
-        registers.set("rdx", result >> 32)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Final, Protocol
 
 from vmgraft.vmmhost.core.contract import EndReason
 from vmgraft.vmmhost.core.memory import GuestRam
+from vmgraft.vmmhost.core.state import State
 
 #: General registers that both engines know by name; in 16- and 32-bit code the upper bits are as the engine left them.
 GENERAL: Final = ("rax", "rbx", "rcx", "rdx", "rsi", "rdi", "rsp", "rbp", "rip", "rflags")
@@ -30,6 +32,8 @@ class Dispatcher(Protocol):
 
     #: Set when the machine shall stop; looked at after every access and every poll.
     stopping: bool
+    #: Set with ``stopping`` when the machine shall only rest between two instructions, and go on.
+    resting: bool
     #: Wall-clock seconds between two polls; read when a run starts.
     poll_seconds: float
 
@@ -54,6 +58,8 @@ class Cpu(ABC):
     engine: ClassVar[str]
     #: Whether the instructions are emulated rather than run by hardware; None when unknown.
     emulated: bool | None
+    #: Why this engine was taken, in words for people.
+    why: str = ""
 
     def __init__(self, ram: GuestRam) -> None:
         self.ram = ram
@@ -85,8 +91,28 @@ class Cpu(ABC):
         """Drive an ISA interrupt line (0-15)."""
 
     @abstractmethod
+    def show_cpuid(self, leaves: Mapping[int, tuple[int, int, int, int]]) -> None:
+        """Answer CPUID for these leaves with EAX, EBX, ECX, EDX; call it before the guest first runs."""
+
+    @abstractmethod
     def run(self, dispatcher: Dispatcher) -> CpuEnd | None:
         """Run from where the CPU stands until it ends (returned) or ``dispatcher.stopping`` (None)."""
+
+    @abstractmethod
+    def state(self) -> State:
+        """Return registers, interrupt controllers, timer and time; only while :meth:`run` is not running.
+
+        Raises:
+            HostError: when the engine cannot tell them.
+        """
+
+    @abstractmethod
+    def set_state(self, state: State) -> None:
+        """Bring that back, after guest memory.
+
+        Raises:
+            HostError: when it does not fit.
+        """
 
     @abstractmethod
     def close(self) -> None:

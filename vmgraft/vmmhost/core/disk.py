@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import threading
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Final, Protocol
 
-from vmgraft.errors import ContentMismatchError, HostError
+from vmgraft.errors import ContentMismatchError, HostError, VmgraftError
 
 #: Unit of checking, of caching and of the overlay: the content tree's block (docs/format.md).
 BLOCK: Final = 65536
 #: Verified blocks kept in memory (16 MiB).
 CACHE_BLOCKS: Final = 256
+#: Blocks that reading ahead takes at once (1 MiB): who wants one of them waits for no more than that.
+AHEAD_BLOCKS: Final = 16
 #: Default bound of what a guest may write, in bytes.
 OVERLAY_MAX: Final = 256 << 20
 
@@ -47,6 +50,10 @@ class VerifiedDisk:
         self._overlay_blocks = overlay_max // BLOCK
         self._cache: OrderedDict[int, bytes] = OrderedDict()
         self._overlay: dict[int, bytearray] = {}
+        #: Guards the cache, and tells when blocks have come that are being read ahead by another thread.
+        self._changed = threading.Condition(threading.Lock())
+        self._fetching = threading.Lock()
+        self._coming = range(0)
         self.size = reader.virtual_size
         self.sector_size = reader.sector_size
         #: Blocks taken from the image and checked, and blocks changed by the guest.
@@ -56,6 +63,20 @@ class VerifiedDisk:
     def blocks_written(self) -> int:
         """How many blocks the overlay holds."""
         return len(self._overlay)
+
+    def overlay(self) -> Mapping[int, bytearray]:
+        """Return what the guest changed, block by block."""
+        return self._overlay
+
+    def set_overlay(self, blocks: Mapping[int, bytearray]) -> None:
+        """Replace what the guest changed.
+
+        Raises:
+            OverlayFullError: when it is more than the overlay may hold; nothing was changed.
+        """
+        if len(blocks) > self._overlay_blocks:
+            raise OverlayFullError(f"more than {self._overlay_blocks * BLOCK} bytes of the disk are changed")
+        self._overlay = dict(blocks)
 
     def read(self, offset: int, length: int) -> bytes:
         """Return ``length`` bytes at ``offset`` as the guest sees them.
@@ -104,11 +125,64 @@ class VerifiedDisk:
         changed = self._overlay.get(index)
         if changed is not None:
             return changed
-        cached = self._cache.get(index)
-        if cached is not None:
-            self._cache.move_to_end(index)
-            return cached
+        with self._changed:
+            while index in self._coming:
+                self._changed.wait()
+            cached = self._cache.get(index)
+            if cached is not None:
+                self._cache.move_to_end(index)
+                return cached
         return self._load(index)
+
+    def prefetch(self, first: int, count: int) -> None:
+        """Take blocks into the cache by as few reads as possible; a wish, so what goes wrong shows when they are read.
+
+        It may be called in another thread than the guest's.
+
+        Args:
+            first: Index of the first block.
+            count: Blocks wanted, of which the cache must have room for twice as many.
+        """
+        last = min(first + min(count, CACHE_BLOCKS // 2), (self.size + BLOCK - 1) // BLOCK)
+        run: list[int] = []
+        for index in range(max(0, first), last + 1):
+            wanted = index < last and index not in self._overlay and index not in self._cache
+            if run and (not wanted or len(run) == AHEAD_BLOCKS):
+                self._fetch(run[0], len(run))
+                run = []
+            if wanted:
+                run.append(index)
+
+    def _fetch(self, first: int, count: int) -> None:
+        with self._fetching:
+            with self._changed:
+                self._coming = range(first, first + count)
+            try:
+                self._take(first, count)
+            except VmgraftError:
+                return
+            finally:
+                with self._changed:
+                    self._coming = range(0)
+                    self._changed.notify_all()
+
+    def _take(self, first: int, count: int) -> None:
+        offset = first * BLOCK
+        data = self._reader.read(offset, min(count * BLOCK, self.size - offset))
+        for index in range(first, first + count):
+            block = data[(index - first) * BLOCK : (index - first + 1) * BLOCK]
+            if len(block) == min(BLOCK, self.size - index * BLOCK) and self._check(index, block):
+                self._keep(index, block)
+            with self._changed:  # whoever waits for this one goes on
+                self._coming = range(index + 1, first + count)
+                self._changed.notify_all()
+
+    def _keep(self, index: int, block: bytes) -> None:
+        with self._changed:
+            self.blocks_checked += 1
+            self._cache[index] = block
+            if len(self._cache) > CACHE_BLOCKS:
+                self._cache.popitem(last=False)
 
     def _load(self, index: int) -> bytes:
         offset = index * BLOCK
@@ -119,8 +193,5 @@ class VerifiedDisk:
             raise ContentMismatchError(
                 message, offset=offset, field=f"block {index}", hint="the image changed; verify it"
             )
-        self.blocks_checked += 1
-        self._cache[index] = block
-        if len(self._cache) > CACHE_BLOCKS:
-            self._cache.popitem(last=False)
+        self._keep(index, block)
         return block

@@ -66,7 +66,7 @@ class FailedExit:
 
 VcpuExit = PioExit | MmioExit | HaltExit | ShutdownExit | InterruptedExit | FailedExit
 
-_INTERRUPTED = InterruptedExit()
+INTERRUPTED = InterruptedExit()
 
 
 def _libc_ioctl(fd: int, request: int, argument: int | ctypes.Array[ctypes.c_char], what: str) -> None:
@@ -248,9 +248,13 @@ class Vcpu(_Descriptor):
         try:
             fcntl.ioctl(self.fd, abi.KVM_RUN, 0)
         except InterruptedError:
-            return _INTERRUPTED
+            return INTERRUPTED
         except OSError as error:
             return FailedExit(f"KVM_RUN failed: {error.strerror}")
+        return self.exit()
+
+    def exit(self) -> VcpuExit:
+        """Return why the guest was left, as the run area says."""
         reason = self._reason.unpack_from(self.area, abi.RUN_EXIT_REASON)[0]
         decode = _DECODERS.get(reason)
         return FailedExit(f"unexpected KVM exit {reason}") if decode is None else decode(self.area)
@@ -290,7 +294,7 @@ _DECODERS: dict[int, Callable[[mmap.mmap], VcpuExit]] = {
     abi.EXIT_REASON_MMIO: _mmio,
     abi.EXIT_REASON_HLT: lambda _: HaltExit(),
     abi.EXIT_REASON_SHUTDOWN: lambda _: ShutdownExit(),
-    abi.EXIT_REASON_INTR: lambda _: _INTERRUPTED,
+    abi.EXIT_REASON_INTR: lambda _: INTERRUPTED,
     abi.EXIT_REASON_INTERNAL_ERROR: _internal,
     abi.EXIT_REASON_FAIL_ENTRY: _fail_entry,
     abi.EXIT_REASON_SYSTEM_EVENT: _system_event,

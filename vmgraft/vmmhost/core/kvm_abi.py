@@ -16,15 +16,18 @@ def _io(number: int) -> int:
     return (KVMIO << 8) | number
 
 
-def _iow(number: int, size: int) -> int:
+def iow(number: int, size: int) -> int:
+    """Return the number of an ioctl whose argument of ``size`` bytes is written to the kernel."""
     return (1 << 30) | (size << 16) | _io(number)
 
 
-def _ior(number: int, size: int) -> int:
+def ior(number: int, size: int) -> int:
+    """Return the number of an ioctl whose argument of ``size`` bytes is read from the kernel."""
     return (2 << 30) | (size << 16) | _io(number)
 
 
-def _iowr(number: int, size: int) -> int:
+def iowr(number: int, size: int) -> int:
+    """Return the number of an ioctl whose argument of ``size`` bytes goes both ways."""
     return (3 << 30) | (size << 16) | _io(number)
 
 
@@ -52,7 +55,9 @@ SREGS_CR0: Final = SEGMENT.size * len(SEGMENT_NAMES) + 2 * 16
 SREGS_SIZE: Final = 312
 #: struct kvm_cpuid2: nent, padding; then entries of struct kvm_cpuid_entry2.
 CPUID_HEADER: Final = struct.Struct("<II")
-CPUID_ENTRY_SIZE: Final = 40
+#: struct kvm_cpuid_entry2: function, index, flags, EAX, EBX, ECX, EDX, padding.
+CPUID_ENTRY: Final = struct.Struct("<7I12x")
+CPUID_ENTRY_SIZE: Final = CPUID_ENTRY.size
 CPUID_MAX_ENTRIES: Final = 256
 
 # --- struct kvm_run -------------------------------------------------------------------------------------------------
@@ -97,21 +102,21 @@ KVM_GET_API_VERSION: Final = _io(0x00)
 KVM_CREATE_VM: Final = _io(0x01)
 KVM_CHECK_EXTENSION: Final = _io(0x03)
 KVM_GET_VCPU_MMAP_SIZE: Final = _io(0x04)
-KVM_GET_SUPPORTED_CPUID: Final = _iowr(0x05, CPUID_HEADER.size)
+KVM_GET_SUPPORTED_CPUID: Final = iowr(0x05, CPUID_HEADER.size)
 KVM_CREATE_VCPU: Final = _io(0x41)
-KVM_SET_USER_MEMORY_REGION: Final = _iow(0x46, MEMORY_REGION.size)
+KVM_SET_USER_MEMORY_REGION: Final = iow(0x46, MEMORY_REGION.size)
 KVM_SET_TSS_ADDR: Final = _io(0x47)
-KVM_SET_IDENTITY_MAP_ADDR: Final = _iow(0x48, 8)
+KVM_SET_IDENTITY_MAP_ADDR: Final = iow(0x48, 8)
 KVM_CREATE_IRQCHIP: Final = _io(0x60)
-KVM_IRQ_LINE: Final = _iow(0x61, IRQ_LEVEL.size)
-KVM_CREATE_PIT2: Final = _iow(0x77, 64)
+KVM_IRQ_LINE: Final = iow(0x61, IRQ_LEVEL.size)
+KVM_CREATE_PIT2: Final = iow(0x77, 64)
 KVM_RUN: Final = _io(0x80)
-KVM_GET_REGS: Final = _ior(0x81, REGS_SIZE)
-KVM_SET_REGS: Final = _iow(0x82, REGS_SIZE)
-KVM_GET_SREGS: Final = _ior(0x83, SREGS_SIZE)
-KVM_SET_SREGS: Final = _iow(0x84, SREGS_SIZE)
-KVM_SET_CPUID2: Final = _iow(0x90, CPUID_HEADER.size)
-KVM_GET_MP_STATE: Final = _ior(0x98, MP_STATE.size)
+KVM_GET_REGS: Final = ior(0x81, REGS_SIZE)
+KVM_SET_REGS: Final = iow(0x82, REGS_SIZE)
+KVM_GET_SREGS: Final = ior(0x83, SREGS_SIZE)
+KVM_SET_SREGS: Final = iow(0x84, SREGS_SIZE)
+KVM_SET_CPUID2: Final = iow(0x90, CPUID_HEADER.size)
+KVM_GET_MP_STATE: Final = ior(0x98, MP_STATE.size)
 
 # --- capabilities and flags -----------------------------------------------------------------------------------------
 

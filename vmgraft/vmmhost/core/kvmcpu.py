@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import signal
 import struct
 import threading
@@ -11,26 +12,32 @@ from typing import TYPE_CHECKING, Final
 
 from vmgraft.errors import EngineUnavailableError, HostError
 from vmgraft.vmmhost.core import kvm_abi as abi
+from vmgraft.vmmhost.core import kvmstate
 from vmgraft.vmmhost.core.contract import EndReason
 from vmgraft.vmmhost.core.cpu import FLAG_INTERRUPT, SEGMENTS, Cpu, CpuEnd, Dispatcher
 from vmgraft.vmmhost.core.kvm import (
+    INTERRUPTED,
     FailedExit,
     HaltExit,
     Kvm,
     MmioExit,
     PioExit,
     ShutdownExit,
+    VcpuExit,
     Vm,
 )
-from vmgraft.vmmhost.core.memory import HIGH_BASE, LOW_END, ROM_BASE, GuestRam
+from vmgraft.vmmhost.core.memory import ROM_BASE, GuestRam
+from vmgraft.vmmhost.core.state import State, number, part
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
 
 #: Three pages for the Intel TSS and one for the identity map, below the usual firmware flash, where no RAM can be.
 TSS_ADDRESS: Final = 0xFFFBD000
 IDENTITY_MAP_ADDRESS: Final = 0xFFFBC000
 
+#: Sizes of a port access, and the bits of its value.
+_PORT_SIZES: Final = {1: 0xFF, 2: 0xFFFF, 4: 0xFFFFFFFF}
 _QUAD = struct.Struct("<Q")
 _REG_AT = {name: abi.RUN_SYNC_REGS + 8 * index for index, name in enumerate(abi.REG_NAMES)}
 _SEGMENT_AT = {name: abi.RUN_SYNC_SREGS + abi.SEGMENT.size * index for index, name in enumerate(SEGMENTS)}
@@ -71,6 +78,20 @@ def periodic_kick(seconds: float) -> Iterator[None]:
         signal.signal(signal.SIGALRM, signal.SIG_DFL if handler is None else handler)
 
 
+def with_leaves(table: bytes, leaves: Mapping[int, tuple[int, int, int, int]]) -> bytes:
+    """Return a ``struct kvm_cpuid2`` in which these leaves, whatever their subleaf, read as given.
+
+    What no longer fits falls off the end of the table, where KVM lists its own leaves.
+    """
+    count = min(abi.CPUID_HEADER.unpack_from(table)[0], abi.CPUID_MAX_ENTRIES)
+    start, size = abi.CPUID_HEADER.size, abi.CPUID_ENTRY_SIZE
+    entries = [table[at : at + size] for at in range(start, start + count * size, size)]
+    ours = [abi.CPUID_ENTRY.pack(leaf, 0, 0, *registers) for leaf, registers in sorted(leaves.items())]
+    others = [entry for entry in entries if int.from_bytes(entry[:4], "little") not in leaves]
+    kept = [*others[: abi.CPUID_MAX_ENTRIES - len(ours)], *ours]
+    return abi.CPUID_HEADER.pack(len(kept), 0) + b"".join(kept)
+
+
 class KvmCpu(Cpu):
     """One vCPU on ``/dev/kvm``.
 
@@ -96,6 +117,7 @@ class KvmCpu(Cpu):
             raise EngineUnavailableError(error.message, file=error.file, hint=hint) from error
         self._area = self._vcpu.area
         self._start: int | None = None
+        self._left: VcpuExit | None = None  # an access that came while the guest was brought to rest
         self._next_poll = 0.0
 
     def _build(self, kvm: Kvm) -> Vm:
@@ -103,15 +125,21 @@ class KvmCpu(Cpu):
         try:
             vm.place_helpers(TSS_ADDRESS, IDENTITY_MAP_ADDRESS)
             vm.create_irqchip()
-            address = self.ram.host_address()
             readonly = kvm.extension(abi.CAP_READONLY_MEM) > 0
-            vm.set_memory(0, 0, LOW_END, address)
-            vm.set_memory(1, ROM_BASE, HIGH_BASE - ROM_BASE, address + ROM_BASE, readonly=readonly)
-            vm.set_memory(2, HIGH_BASE, self.ram.size - HIGH_BASE, address + HIGH_BASE)
+            for slot, span in enumerate(self.ram.spans()):
+                vm.set_memory(slot, span.gpa, span.size, span.address, readonly=readonly and not span.writable)
         except HostError:
             vm.close()
             raise
+        self.ram.protected = self._protect if readonly else None
         return vm
+
+    def _protect(self, slot: int, writable: bool) -> None:
+        """Make a slot read-only or writable: KVM takes no such change, but a slot that is made anew."""
+        if self._vm is not None:
+            span = self.ram.spans()[slot]
+            self._vm.set_memory(slot, span.gpa, 0, span.address, readonly=not span.writable)
+            self._vm.set_memory(slot, span.gpa, span.size, span.address, readonly=not writable)
 
     def _reset(self) -> None:
         """Start at F000:FFF0 with the code segment based where the ROM lies."""
@@ -121,6 +149,10 @@ class KvmCpu(Cpu):
             struct.pack_into("<QIH", sregs, index * abi.SEGMENT.size, base, 0xFFFF, selector)
         self._vcpu.set_sregs(sregs)
         self._vcpu.set_regs(rip=0xFFF0, rsp=0x7C00, rflags=2)
+
+    def show_cpuid(self, leaves: Mapping[int, tuple[int, int, int, int]]) -> None:
+        """Replace these leaves; those that KVM itself reads, such as its signature, among them."""
+        self._vcpu.set_cpuid(with_leaves(self._kvm.supported_cpuid(), leaves))
 
     def get(self, name: str) -> int:
         """Return a general register."""
@@ -163,8 +195,8 @@ class KvmCpu(Cpu):
     def _loop(self, dispatcher: Dispatcher) -> CpuEnd | None:
         vcpu, exits = self._vcpu, self.exits
         self._next_poll = time.monotonic() + dispatcher.poll_seconds
-        while not dispatcher.stopping:
-            leave = vcpu.run()
+        while self._left is not None or not dispatcher.stopping:
+            leave, self._left = self._left or self._ports(dispatcher), None
             if isinstance(leave, PioExit):
                 exits["pio"] += 1
                 self._pio(leave, dispatcher)
@@ -177,12 +209,48 @@ class KvmCpu(Cpu):
                 return CpuEnd(EndReason.HALT, "the CPU halted")
             elif isinstance(leave, FailedExit):
                 return CpuEnd(EndReason.ERROR, f"{leave.detail} at {self._where()}")
-            else:
+            elif leave is not None:
                 exits["kick"] += 1
                 if vcpu.halted() and not self.get("rflags") & FLAG_INTERRUPT:
                     return CpuEnd(EndReason.HALT, f"HLT with interrupts off at {self._where()}")
             self._poll(dispatcher)
         return None
+
+    def _ports(self, dispatcher: Dispatcher) -> VcpuExit | None:
+        """Run the guest and serve its accesses to ports in as few steps as can be, until something else happens.
+
+        Returns:
+            Why the guest was left, for the caller to deal with; None when it is only time to look around.
+        """
+        area, fd, ioctl, unpack = self._area, self._vcpu.fd, fcntl.ioctl, abi.EXIT_IO.unpack_from
+        read, write, served, now = dispatcher.pio_read, dispatcher.pio_write, 0, time.monotonic
+        try:
+            while True:
+                try:
+                    ioctl(fd, abi.KVM_RUN, 0)
+                except InterruptedError:
+                    return INTERRUPTED
+                except OSError as error:
+                    return FailedExit(f"KVM_RUN failed: {error.strerror}")
+                if area[abi.RUN_EXIT_REASON] != abi.EXIT_REASON_IO:
+                    return self._vcpu.exit()
+                outwards, size, port, count, at = unpack(area, abi.RUN_UNION)
+                if count != 1 or size not in _PORT_SIZES:
+                    return self._vcpu.exit()
+                served += 1
+                if size == 1:
+                    if outwards:
+                        write(port, 1, area[at])
+                    else:
+                        area[at] = read(port, 1) & 0xFF
+                elif outwards:
+                    write(port, size, int.from_bytes(area[at : at + size], "little"))
+                else:
+                    area[at : at + size] = (read(port, size) & _PORT_SIZES[size]).to_bytes(size, "little")
+                if dispatcher.stopping or now() >= self._next_poll:
+                    return None
+        finally:
+            self.exits["pio"] += served
 
     def _poll(self, dispatcher: Dispatcher) -> None:
         now = time.monotonic()
@@ -191,10 +259,28 @@ class KvmCpu(Cpu):
             dispatcher.poll()
 
     def _settle(self) -> None:
-        """Complete the access the guest is in the midst of, so that its registers are those after it."""
+        """Complete the access the guest is in the midst of, so that its registers are those after it.
+
+        An instruction may have further accesses: the next one is kept for the next :meth:`run`.
+        """
         self._vcpu.immediate_exit(True)
-        self._vcpu.run()
+        leave = self._vcpu.run()
         self._vcpu.immediate_exit(False)
+        self._left = None if leave is INTERRUPTED else leave
+
+    def state(self) -> State:
+        """Return what the kernel keeps, and the time."""
+        if self._vm is None or self._left is not None:
+            raise HostError("the guest is in the midst of an instruction with many accesses", hint="try again")
+        return {"kernel": kvmstate.save(self._vm.fd, self._vcpu.fd), "now": self.now_ns()}
+
+    def set_state(self, state: State) -> None:
+        """Bring it back."""
+        if self._vm is None:
+            raise HostError("the machine is closed")
+        now = number(state, "now", range(1 << 62))
+        kvmstate.load(self._vm.fd, self._vcpu.fd, part(state, "kernel"))
+        self._start = time.monotonic_ns() - now
 
     def _where(self) -> str:
         return f"{self.segment_base('cs'):#x}:{self.get('rip'):#x}"
@@ -209,7 +295,7 @@ class KvmCpu(Cpu):
                 area[start : start + size] = value.to_bytes(size, "little")
             # One exit may stand for thousands of accesses, and each of them may be slow.
             self._poll(dispatcher)
-            if dispatcher.stopping:
+            if dispatcher.stopping and not dispatcher.resting:
                 return
 
     def _mmio(self, leave: MmioExit, dispatcher: Dispatcher) -> None:
@@ -221,6 +307,7 @@ class KvmCpu(Cpu):
 
     def close(self) -> None:
         """Close vCPU, machine and system descriptor, in that order."""
+        self.ram.protected = None
         if hasattr(self, "_vcpu"):
             self._vcpu.close()
         if self._vm is not None:

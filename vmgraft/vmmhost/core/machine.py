@@ -1,4 +1,4 @@
-"""One machine: a CPU, its memory, the core's devices, the trap BIOS and a verified disk.
+"""One machine: a CPU, its memory, the core's devices, firmware and a verified disk.
 
 .. code-block:: python
 
@@ -9,89 +9,49 @@
 
 from __future__ import annotations
 
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
-from types import FrameType, TracebackType
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from types import TracebackType
 from typing import Final, Self
 
 from vmgraft.errors import ContentMismatchError, HostError, UsageError, VmgraftError
-from vmgraft.vmmhost.core.boot import BootSource, find_boot
-from vmgraft.vmmhost.core.bus import CORE, Bus
-from vmgraft.vmmhost.core.contract import EndReason, PioEvent, PioHandler, TickHandler
+from vmgraft.vmmhost.core import snapshot
+from vmgraft.vmmhost.core.boardset import Wiring, build_board
+from vmgraft.vmmhost.core.boot import BootPlan, BootSource, drive_only, find_boot
+from vmgraft.vmmhost.core.bus import Bus
+from vmgraft.vmmhost.core.contract import EndReason, TickHandler
 from vmgraft.vmmhost.core.cpu import TICK_SECONDS, Cpu
-from vmgraft.vmmhost.core.devices import board
-from vmgraft.vmmhost.core.devices.cmos import Cmos
-from vmgraft.vmmhost.core.devices.serial import Serial
-from vmgraft.vmmhost.core.disk import VerifiedDisk
+from vmgraft.vmmhost.core.diskhook import HookedDisk
+from vmgraft.vmmhost.core.drives import Disk, Drive
+from vmgraft.vmmhost.core.endsignals import END_SIGNALS, end_signals
 from vmgraft.vmmhost.core.firmware.bios import Firmware
+from vmgraft.vmmhost.core.hypercalls import DefaultHypercalls
+from vmgraft.vmmhost.core.keeper import Keeper
+from vmgraft.vmmhost.core.loaders import DirectBoot, load_kernel
 from vmgraft.vmmhost.core.memory import DEFAULT_MIB, GuestRam
-from vmgraft.vmmhost.core.portmap import CORE_PORTS
+from vmgraft.vmmhost.core.portmap import FirmwareKind
 from vmgraft.vmmhost.core.probe import Engine, open_cpu
+from vmgraft.vmmhost.core.result import DriveUse, MachineResult
 from vmgraft.vmmhost.core.screen import TextScreen
+from vmgraft.vmmhost.core.seabios import FirmwareImage, Host, SeaBios, load_firmware, offer
+from vmgraft.vmmhost.core.services import RTC_END, ServiceTable
+from vmgraft.vmmhost.core.shadow import ShadowedRam
+
+__all__ = ["END_SIGNALS", "Machine", "MachineResult"]
 
 #: Seconds between two looks at the screen for the text waited for.
 UNTIL_SECONDS: Final = 0.05
 #: Bytes of serial and debug output kept for the result; the sink gets all of it.
 OUTPUT_KEPT: Final = 4 << 20
-#: Signals that ask a program to end.
-END_SIGNALS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-#: First second of the year 3000, UTC.
-RTC_END: Final = 32_503_680_000
-
-
-@dataclass(frozen=True, slots=True)
-class MachineResult:
-    """How a run ended and what was seen.
-
-    Attributes:
-        reason: Why it ended.
-        detail: The same in words; may be empty.
-        engine: ``kvm`` or ``soft``.
-        emulated: Whether guest instructions were emulated; None when unknown.
-        wall_seconds: Duration of the run.
-        virtual_ns: Virtual time the guest lived.
-        exits: How often the guest left for the host, by kind.
-        bios_calls: BIOS calls by "vector/function" in hex.
-        unknown_calls: Those of them that nobody served.
-        screen: The 25 lines of the text screen.
-        serial: What the guest sent to COM1, up to 4 MiB.
-        debug: What it sent to the debug ports.
-        trace: Port accesses, when tracing was asked for.
-        trace_dropped: Accesses that the trace had no room for.
-        blocks_checked: 64 KiB blocks read from the image and compared with what was verified.
-        blocks_written: 64 KiB blocks that the guest changed in the overlay.
-        until_seen: Whether the text waited for was seen, even if the guest ended by itself then.
-    """
-
-    reason: EndReason
-    detail: str
-    engine: str
-    emulated: bool | None
-    wall_seconds: float
-    virtual_ns: int
-    exits: dict[str, int]
-    bios_calls: dict[str, int]
-    unknown_calls: dict[str, int]
-    screen: tuple[str, ...]
-    serial: bytes
-    debug: bytes
-    trace: tuple[PioEvent, ...]
-    trace_dropped: int
-    blocks_checked: int
-    blocks_written: int
-    until_seen: bool = False
 
 
 class Machine:
-    """A PC with one CPU and one drive, ready to run once.
+    """A PC with one CPU, ready to run once.
 
     Args:
         engine: Which CPU to use.
-        disk: The verified disk or CD.
+        disk: The verified disk or CD to boot from.
         memory_mib: RAM in MiB.
         boot: What to boot.
         keys: Keys typed in advance.
@@ -100,7 +60,12 @@ class Machine:
         serial: Gets every byte sent to COM1 as it comes.
         trace: Keep the I/O trace.
         rtc_epoch: Seconds since 1970 (UTC) that the real-time clock shows at boot; None for now.
-        stop_on_key_wait: Stop when the guest waits for a key and none is queued.
+        stop_on_key_wait: Stop when the guest waits for a key and none is queued; with the trap BIOS only.
+        firmware: What the guest finds as its firmware.
+        bios: Stock firmware as it was read; None for the distribution's.
+        drives: Drives beside the boot medium, in the guest's order.
+        direct: A kernel to enter instead of what the disk boots.
+        services: The default services and who answers in their place; None for the defaults.
 
     Raises:
         EngineUnavailableError: when the engine does not work here.
@@ -112,7 +77,7 @@ class Machine:
     def __init__(
         self,
         engine: Engine,
-        disk: VerifiedDisk,
+        disk: Disk,
         *,
         memory_mib: int = DEFAULT_MIB,
         boot: BootSource = BootSource.AUTO,
@@ -123,57 +88,80 @@ class Machine:
         trace: bool = False,
         rtc_epoch: int | None = None,
         stop_on_key_wait: bool = False,
+        firmware: FirmwareKind = FirmwareKind.TRAP,
+        bios: FirmwareImage | None = None,
+        drives: Sequence[Drive] = (),
+        direct: DirectBoot | None = None,
+        services: ServiceTable | None = None,
     ) -> None:
         if (timeout is not None and timeout <= 0) or until == "":
             raise UsageError("a time limit must be positive, and the text waited for not empty")
         if rtc_epoch is not None and not 0 <= rtc_epoch < RTC_END:
             raise UsageError(f"a clock at {rtc_epoch} is outside the years 1970 to 2999")
-        self.disk = disk
-        self.plan = find_boot(disk, boot)
+        if firmware is not FirmwareKind.TRAP and (stop_on_key_wait or direct is not None):
+            raise UsageError("only the trap BIOS enters a kernel directly, or tells that the guest waits for a key")
+        self.services = ServiceTable() if services is None else services
+        self.disk = HookedDisk(disk, self.services, 0)
+        self.drives = tuple(
+            replace(drive, disk=HookedDisk(drive.disk, self.services, number)) for number, drive in enumerate(drives, 1)
+        )
+        self._kind, self._direct = firmware, direct
+        self.plan = self._find(disk, boot)
         self._timeout, self._until, self._sink = timeout, until, serial
         self._until_bytes = (until or "").encode("cp437", "replace")
         self._serial, self._debug, self._tail = bytearray(), bytearray(), b""
         self._end: tuple[EndReason, str] | None = None
         self._tick_handlers: list[TickHandler] = []
         self._started = self._until_seen = False
+        self._at_rest, self._resting = True, list[Callable[[], None]]()
         self._deadline = self._next_look = float("inf")
-        self.ram = GuestRam(memory_mib)
+        image = (bios or load_firmware()) if firmware is FirmwareKind.SEABIOS else None
+        self.ram = GuestRam(memory_mib) if image is None else ShadowedRam(memory_mib, rom=image.rom)
         self._cpu: Cpu | None = None
         try:
             self._cpu = open_cpu(engine, self.ram)
-            self.bus = Bus(self.ram.size, trace=trace)
-            self._build(self._cpu, keys, rtc_epoch, stop_on_key_wait)
+            self.bus = Bus(self.ram.size, trace=trace, services=self.services)
+            self._build(self._cpu, rtc_epoch)
+            self.firmware = self._firmware(self._cpu, keys, stop_on_key_wait, image)
         except BaseException:
             self.close()
             raise
 
-    def _build(self, cpu: Cpu, keys: str, rtc_epoch: int | None, stop_on_key_wait: bool) -> None:
+    def _find(self, disk: Disk, boot: BootSource) -> BootPlan:
+        """Return what the boot medium is, and what the trap BIOS boots of it."""
+        if self._kind is FirmwareKind.SEABIOS:
+            return offer(disk, boot)
+        return find_boot(disk, boot) if self._direct is None else drive_only(disk, boot)
+
+    def _build(self, cpu: Cpu, rtc_epoch: int | None) -> None:
         bus = self.bus
         bus.registers, bus.poller = cpu, self._poll
         self.screen = TextScreen(self.ram)
-        cmos = Cmos(cpu.now_ns, int(time.time()) if rtc_epoch is None else rtc_epoch, self.ram.size)
-        keyboard = board.KeyboardController(self.stop)
-        for first, last, handler in getattr(cpu, "ports", ()):
-            bus.claim_pio(first, last, handler, CORE, traced=False)
-        bus.reserve_irqchip()
-        devices: dict[str, PioHandler] = {
-            "com1": Serial(self._serial_out),
-            "cmos": cmos,
-            "keyboard data": keyboard,
-            "keyboard command": _Offset(keyboard, 4),
-            "speaker": board.SpeakerPort(),
-            "system control": board.SystemControl(self.stop),
-            "crtc": board.Crtc(),
-            "debug 402": board.DebugPort(self._debug, 0xE9),
-            "debug e9": board.DebugPort(self._debug, 0xE9),
-            "power": board.PowerControl(self.stop),
-            "shutdown": board.ShutdownText(self.stop),
-        }
-        for name, device in devices.items():
-            bus.claim_pio(*CORE_PORTS[name], device, CORE)
-        self.firmware = Firmware(
-            cpu, bus, self.disk, self.plan, cmos, keys=keys, host=self, stop_on_key_wait=stop_on_key_wait
+        epoch = int(time.time()) if rtc_epoch is None else rtc_epoch
+        bus.irq_driver = cpu.set_irq
+        self.board = build_board(cpu, bus, Wiring(self.stop, self._serial_out, self._debug, epoch, self._kind))
+        bus.defaults = DefaultHypercalls(
+            bus.services, self.ram, cpu.now_ns, console=self.board.serial.send, names=bus.descriptions
         )
+
+    def _firmware(self, cpu: Cpu, keys: str, stop_on_key_wait: bool, image: FirmwareImage | None) -> Firmware | SeaBios:
+        if image is None or not isinstance(self.ram, ShadowedRam):
+            kernel = None if self._direct is None else load_kernel(self._direct, self.ram.e820(), self.ram.size)
+            return Firmware(
+                cpu, self.bus, self.disk, self.plan, self.board.cmos,
+                drives=self.drives, kernel=kernel, keys=keys, host=self, stop_on_key_wait=stop_on_key_wait,
+            )  # fmt: skip
+        boot = Drive(self.disk, self.plan.medium, name="boot")
+        wires = Host(self.stop, cpu.set_irq, self._go_on, self._debug)
+        return SeaBios(
+            self.bus, self.ram, image,
+            drives=(boot, *self.drives), keyboard=self.board.keyboard, keys=keys, host=wires,
+        )  # fmt: skip
+
+    def _go_on(self) -> bool:
+        """Look around in the midst of a long access; False when the run has ended."""
+        self._poll()
+        return self._end is None
 
     # --- what devices and whatever is plugged in may use ------------------------------------------------------------
 
@@ -211,6 +199,14 @@ class Machine:
         """Return the wall-clock seconds until the time limit, never below 0; infinite without one."""
         return max(0.0, self._deadline - time.monotonic())
 
+    def uses(self) -> tuple[DriveUse, ...]:
+        """Return how much of each drive was read and changed so far, the boot medium first."""
+        boot = Drive(self.disk, self.plan.medium, name="boot")
+        return tuple(
+            DriveUse(drive.name, drive.kind, drive.disk.blocks_checked, drive.disk.blocks_written)
+            for drive in (boot, *self.drives)
+        )
+
     def add_tick(self, handler: TickHandler) -> None:
         """Call ``handler`` about every 10 ms of wall-clock time, between guest instructions."""
         self._tick_handlers.append(handler)
@@ -221,6 +217,50 @@ class Machine:
         if self._end is None:
             self._end = (reason, detail)
         self.bus.stopping = True
+
+    # --- keeping ----------------------------------------------------------------------------------------------------
+
+    def at_rest(self, act: Callable[[], None]) -> None:
+        """Call ``act`` soon, between two instructions of the guest, when it can be kept; then the guest goes on.
+
+        What ``act`` raises ends the run and comes out as it is.
+        """
+        self._resting.append(act)
+        self.bus.stopping = self.bus.resting = True
+
+    def save(self, bindings: Mapping[str, str], extra: Mapping[str, bytes] | None = None) -> bytes:
+        """Return a snapshot: in a call of :meth:`at_rest`, or when the guest has not run yet.
+
+        Args:
+            bindings: What must be the same on the way back, name → digest.
+            extra: Further sections, for :meth:`load` to return.
+
+        Raises:
+            HostError: when the guest is running, or cannot be kept.
+        """
+        if not self._at_rest:
+            raise HostError("a running guest cannot be kept", hint="ask for it to rest first")
+        return snapshot.save(Keeper(self), bindings, extra or {})
+
+    def load(self, data: bytes | bytearray | memoryview, bindings: Mapping[str, str]) -> dict[str, bytes]:
+        """Bring a snapshot back, before the guest runs; return its further sections.
+
+        Raises:
+            HostError: when it is damaged, or does not belong to this machine; the machine must not run then.
+        """
+        if self._started:
+            raise HostError("the guest runs already")
+        self._started = True  # until everything is back
+        extra = snapshot.load(Keeper(self), data, bindings)
+        self._started = False
+        return extra
+
+    def _rest(self) -> None:
+        self._at_rest, self.bus.stopping, self.bus.resting = True, self._end is not None, False
+        acts, self._resting = self._resting, []
+        for act in acts:
+            act()
+        self._at_rest = False
 
     # --- running ----------------------------------------------------------------------------------------------------
 
@@ -234,13 +274,19 @@ class Machine:
         """
         if self._started:
             raise HostError("a machine runs once")
-        self._started = True
+        self._started, self._at_rest = True, False
         cpu, start = self.cpu, time.monotonic()
         self._deadline = start + (self._timeout or float("inf"))
         self._next_look = start
-        with _signals(self.stop):
+        leaves = self.services.cpuid()
+        if leaves:
+            cpu.show_cpuid(leaves)
+        with end_signals(self.stop):
             try:
                 end = cpu.run(self.bus)
+                while end is None and self._end is None and self._resting:
+                    self._rest()
+                    end = cpu.run(self.bus)
             except ContentMismatchError as error:
                 self.stop(EndReason.DISK, error.message)
             except HostError:
@@ -255,6 +301,8 @@ class Machine:
 
     def _result(self, cpu: Cpu, seconds: float) -> MachineResult:
         reason, detail = self._end or (EndReason.ERROR, "the CPU stopped without a reason")
+        if reason is EndReason.RESET:
+            detail = self.firmware.why() or detail
         return MachineResult(
             reason=reason,
             detail=detail,
@@ -270,9 +318,11 @@ class Machine:
             debug=bytes(self._debug),
             trace=tuple(self.bus.events),
             trace_dropped=self.bus.events_dropped,
-            blocks_checked=self.disk.blocks_checked,
-            blocks_written=self.disk.blocks_written,
+            blocks_checked=sum(use.blocks_checked for use in self.uses()),
+            blocks_written=sum(use.blocks_written for use in self.uses()),
             until_seen=self._until_seen,
+            why=cpu.why,
+            drives=self.uses(),
         )
 
     def _poll(self) -> None:
@@ -281,6 +331,7 @@ class Machine:
             handler(self.cpu.now_ns())
         if now >= self._next_look:
             self._next_look = now + UNTIL_SECONDS
+            self.firmware.poll()
             self._look()
         if now >= self._deadline:
             self.stop(EndReason.TIMEOUT, f"after {self._timeout:g} s")
@@ -291,18 +342,23 @@ class Machine:
             self.stop(EndReason.UNTIL, "on the screen")
 
     def _serial_out(self, data: bytes) -> None:
-        if len(self._serial) < OUTPUT_KEPT:
-            self._serial += data
+        self._serial += data[: OUTPUT_KEPT - len(self._serial)]
         if self._sink is not None:
             self._sink(data)
-        self._tail = (self._tail + data)[-len(self._until_bytes) :]
-        if self._until_bytes and self._tail == self._until_bytes:
+        if not self._until_bytes:
+            return
+        seen = self._tail + data
+        self._tail = seen[len(seen) - min(len(seen), len(self._until_bytes) - 1) :]
+        if self._until_bytes in seen:
             self._until_seen = True
             self.stop(EndReason.UNTIL, "on the serial port")
 
     def close(self) -> None:
-        """Release CPU and memory; the disk stays the caller's."""
+        """Release CPU and memory, and end reading ahead; the disk stays the caller's."""
         cpu, self._cpu = self._cpu, None
+        for disk in (self.disk, *(drive.disk for drive in self.drives)):
+            if isinstance(disk, HookedDisk):
+                disk.close()
         if cpu is not None:
             cpu.close()
         self.ram.close()
@@ -312,45 +368,3 @@ class Machine:
 
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None) -> None:
         self.close()
-
-
-class _Offset:
-    """Shows a device at a second port as a higher offset."""
-
-    def __init__(self, device: PioHandler, offset: int) -> None:
-        self._device, self._offset = device, offset
-
-    def pio_read(self, offset: int, size: int) -> int:
-        return self._device.pio_read(offset + self._offset, size)
-
-    def pio_write(self, offset: int, size: int, value: int) -> None:
-        self._device.pio_write(offset + self._offset, size, value)
-
-
-@contextmanager
-def _signals(stop: Callable[[EndReason, str], None]) -> Iterator[None]:
-    """Let Ctrl-C, SIGTERM and SIGHUP end the run in order, not in the midst of it; the old handlers come back.
-
-    A second signal raises KeyboardInterrupt: something, such as a full pipe behind the serial port, holds up the run.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    seen: list[int] = []
-
-    def on_signal(number: int, _frame: FrameType | None) -> None:
-        if seen:
-            raise KeyboardInterrupt(signal.Signals(number).name)
-        seen.append(number)
-        stop(EndReason.INTERRUPTED, "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name)
-
-    old = {number: signal.getsignal(number) for number in END_SIGNALS}
-    taken = {number: handler for number, handler in old.items() if handler not in (signal.SIG_IGN, None)}
-    for number in taken:
-        signal.signal(number, on_signal)
-    try:
-        yield
-    finally:
-        for number, handler in taken.items():
-            signal.signal(number, handler)

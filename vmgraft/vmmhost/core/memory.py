@@ -7,6 +7,8 @@
     0xF0000    - 0xFFFFF   trap BIOS, read-only where the engine can do that
     0x100000   - RAM end   RAM
     above                  no RAM: extensions may claim MMIO here too
+
+A machine with stock firmware has another map: :mod:`vmgraft.vmmhost.core.shadow`.
 """
 
 from __future__ import annotations
@@ -14,9 +16,11 @@ from __future__ import annotations
 import ctypes
 import mmap
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Final
 
 from vmgraft.errors import HostError, UsageError
+from vmgraft.vmmhost.core.windows import SharedWindows
 
 MIB: Final = 1 << 20
 LOW_END: Final = 0xC0000
@@ -51,6 +55,16 @@ def is_ram(gpa: int, length: int, ram_end: int) -> bool:
     return length >= 0 and (0 <= gpa <= end <= LOW_END or HIGH_BASE <= gpa <= end <= ram_end)
 
 
+@dataclass(frozen=True, slots=True)
+class Span:
+    """A stretch of guest-physical addresses backed by memory of this process at ``address``."""
+
+    gpa: int
+    size: int
+    address: int
+    writable: bool
+
+
 class GuestRam:
     """All RAM of a machine in one anonymous mapping, where offset = guest-physical address.
 
@@ -73,14 +87,50 @@ class GuestRam:
             raise HostError(f"no {mib} MiB of guest memory: {error.strerror}", hint=hint) from error
         #: Told (gpa, length) of every host-side write; an engine that caches translated code sets it.
         self.written: Callable[[int, int], None] | None = None
+        #: Told (index in :meth:`spans`, writable) when the guest may write there from now on, or no more.
+        self.protected: Callable[[int, bool], None] | None = None
+        self._windows: SharedWindows | None = None
 
     def host_address(self) -> int:
         """Return the address of the mapping in this process."""
         return ctypes.addressof(ctypes.c_char.from_buffer(self.map))
 
+    def spans(self) -> tuple[Span, ...]:
+        """Return what backs which guest-physical addresses, in order; all bounds are multiples of 4 KiB."""
+        return tuple(
+            Span(start, end - start, self.host_address() + start, writable)
+            for start, end, writable in (
+                (0, LOW_END, True),
+                (ROM_BASE, HIGH_BASE, False),
+                (HIGH_BASE, self.size, True),
+            )
+        )
+
     def close(self) -> None:
         """Release the memory; the engine that uses it must be closed before."""
+        if self._windows is not None:
+            self._windows.close()
         self.map.close()
+
+    def share(self, gpa: int, size: int, *, writable: bool) -> int | None:
+        """Make a stretch of RAM a memory file and return a descriptor of it, which is the caller's to close.
+
+        Returns:
+            None where that cannot be: it is not all RAM, not whole pages, or overlaps another such stretch.
+
+        Raises:
+            OSError: the kernel refuses.
+        """
+        if not is_ram(gpa, size, self.size):
+            return None
+        if self._windows is None:
+            self._windows = SharedWindows(self.map, self.host_address())
+        return self._windows.share(gpa, size, writable=writable)
+
+    def refresh(self, gpa: int, length: int) -> None:
+        """Take note that somebody changed guest memory there, without :meth:`write`."""
+        if self.written is not None:
+            self.written(gpa, length)
 
     def readable(self, gpa: int, length: int) -> bool:
         """Whether the whole range is RAM or ROM."""

@@ -109,15 +109,15 @@ def probe_soft() -> EngineInfo:
     return EngineInfo("soft", usable=True, emulated=True, reason=f"Unicorn {engine.__version__}")
 
 
-def _open_kvm(ram: GuestRam) -> Cpu:
+def _open_kvm(ram: GuestRam, info: EngineInfo | None = None) -> Cpu:
     from vmgraft.vmmhost.core.kvmcpu import KvmCpu, require_main_thread
 
     require_main_thread()
-    info = probe_kvm()
+    info = info or probe_kvm()
     if not info.usable:
         raise EngineUnavailableError(info.reason, hint="choose --cpu soft")  # the reason names the device
     cpu = KvmCpu(ram)
-    cpu.emulated = info.emulated
+    cpu.emulated, cpu.why = info.emulated, f"KVM {info.reason}"
     return cpu
 
 
@@ -128,23 +128,39 @@ def _open_soft(ram: GuestRam) -> Cpu:
 
 
 def open_cpu(engine: Engine, ram: GuestRam) -> Cpu:
-    """Return a CPU; ``AUTO`` takes KVM where it works, else the software CPU.
+    """Return a CPU; its ``why`` says why it is this one.
+
+    ``AUTO`` takes KVM where it runs guest code natively; else the software CPU, which is many times faster than a KVM
+    that emulates; and such a KVM where the software CPU is not installed.
 
     Raises:
         EngineUnavailableError: when the engine asked for, or every engine, does not work here.
     """
-    choice: dict[Engine, tuple[Callable[[GuestRam], Cpu], ...]] = {
-        Engine.AUTO: (_open_kvm, _open_soft),
-        Engine.KVM: (_open_kvm,),
-        Engine.SOFT: (_open_soft,),
-    }
-    refusals: list[EngineUnavailableError] = []
-    for attempt in choice[engine]:
+    if engine is Engine.KVM:
+        return _open_kvm(ram)
+    if engine is Engine.SOFT:
+        return _asked_for(_open_soft(ram))
+    return _open_best(ram)
+
+
+def _asked_for(cpu: Cpu) -> Cpu:
+    cpu.why = "asked for"
+    return cpu
+
+
+def _open_best(ram: GuestRam) -> Cpu:
+    info, refusals = probe_kvm(), []
+    attempts: tuple[Callable[[], Cpu], ...] = (lambda: _open_kvm(ram, info), lambda: _open_soft(ram))
+    if info.emulated:
+        attempts = attempts[::-1]
+    for attempt in attempts:
         try:
-            return attempt(ram)
+            cpu = attempt()
         except EngineUnavailableError as error:
             refusals.append(error)
-    if len(refusals) == 1:
-        raise refusals[0]
+            continue
+        if cpu.engine == "soft":
+            cpu.why = f"KVM {info.reason}" if info.usable and not refusals else f"no KVM: {refusals[0]}"
+        return cpu
     message = "; ".join(str(error) for error in refusals)
-    raise EngineUnavailableError(f"no CPU engine works here: {message}", hint=refusals[-1].hint) from refusals[-1]
+    raise EngineUnavailableError(f"no CPU engine works here: {message}", hint=refusals[-1].hint)

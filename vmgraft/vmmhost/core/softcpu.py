@@ -8,16 +8,22 @@ from __future__ import annotations
 
 import importlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from types import ModuleType
 from typing import Any, Final
 
-from vmgraft.errors import EngineUnavailableError
+from vmgraft.errors import EngineUnavailableError, HostError
+from vmgraft.vmmhost.core import softstate
 from vmgraft.vmmhost.core.contract import EndReason
 from vmgraft.vmmhost.core.cpu import FLAG_INTERRUPT, GENERAL, SEGMENTS, TICK_SECONDS, Cpu, CpuEnd, Dispatcher
-from vmgraft.vmmhost.core.memory import HIGH_BASE, LOW_END, ROM_BASE, GuestRam
+from vmgraft.vmmhost.core.keeping import set_state_of, state_of
+from vmgraft.vmmhost.core.memory import ROM_BASE, GuestRam
+from vmgraft.vmmhost.core.softcode import SoftCode
 from vmgraft.vmmhost.core.softint import WITH_ERROR_CODE, Deliverer, DeliveryError, TripleFaultError
-from vmgraft.vmmhost.core.softirq import PicPair, PicPorts, Pit
+from vmgraft.vmmhost.core.softirq import TIMER_LINE, LevelControl, PicPair, PicPorts, Pit
+from vmgraft.vmmhost.core.softmem import SoftMemory
+from vmgraft.vmmhost.core.softwatch import SoftWatch
+from vmgraft.vmmhost.core.state import State, flag, number, part, refuse
 
 INSTALL_HINT: Final = "pip install 'vmgraft[soft]'"
 #: Virtual nanoseconds an instruction takes; about what Unicorn does on a common CPU.
@@ -28,21 +34,14 @@ INTERRUPT_NS: Final = 50_000
 #: Instructions in a slice, at most and at least.
 SLICE_MAX: Final = 100_000
 SLICE_MIN: Final = 1_000
-_NEVER: Final = 0xFFFFFFF0  # the address Unicorn would stop at; nothing is mapped executable there
-_HLT: Final = 0xF4
-_STI: Final = 0xFB
-_POP_SS: Final = 0x17
-_MOV_SREG: Final = 0x8E
-_INT: Final = 0xCD
+_NEVER: Final = 0xFEDFFFF0  # the address Unicorn would stop at; nothing is mapped executable there
 _INVALID_OPCODE: Final = 6
 _EFLAGS_VM: Final = 1 << 17
 _EFER: Final = 0xC0000080
-_READ_EXECUTE: Final = 5
-_READ_WRITE_EXECUTE: Final = 7
-_FOUR_GIB: Final = 1 << 32
-#: HLT addresses watched before the watch list starts anew; port accesses and translated blocks in a slice.
-_WATCHED_MAX: Final = 1024
+#: Port accesses and translated blocks in a slice.
 _ACCESSES_MAX: Final = 4096
+#: Bytes of fresh code that take about as long as an access.
+_FRESH_BYTES: Final = 16
 
 
 def load_unicorn() -> tuple[ModuleType, ModuleType]:
@@ -78,43 +77,34 @@ class SoftCpu(Cpu):
         self._vector: int | None = None
         self._accesses = 0
         self._next_poll = 0.0
-        self._single_step = self._rom_dirty = False
-        self._rom = b""
+        self._steps = 0  # instructions of the next slice; 0 for a full one
         self._raised: BaseException | None = None
-        self._watched: dict[int, int] = {}  # linear address of a possible HLT -> Unicorn hook
-        self._to_watch: int | None = None
-        self._halt_at: int | None = None
         self._dispatcher: Dispatcher | None = None
         self.pics = PicPair()
         self.pit = Pit(self.pics, self.now_ns)
-        self.ports: tuple[tuple[int, int, PicPorts | Pit], ...] = (
+        self.ports: tuple[tuple[int, int, PicPorts | Pit | LevelControl], ...] = (
             (0x20, 0x21, PicPorts(self.pics, slave=False)),
             (0xA0, 0xA1, PicPorts(self.pics, slave=True)),
             (0x40, 0x43, self.pit),
+            (0x4D0, 0x4D1, LevelControl(self.pics)),
         )
-        self._deliverer: Any = Deliverer(self._uc, self._names, self.segment_base)
-        self._map_memory()
+        self._memory = SoftMemory(
+            self._uc, ram, self._mmio_read, self._mmio_write, changing=self._end_slice, paging=self._paging
+        )
+        self._deliverer: Any = Deliverer(self._uc, self._names, self.segment_base, self._memory.write)
+        self._code_seen = SoftCode(self._uc, self._unicorn, self._deliverer.physical)
+        self._watch = SoftWatch(self._uc, self._unicorn, self._code_seen.at)
         self._add_hooks()
         self._reset()
 
     # --- set-up -----------------------------------------------------------------------------------------------------
-
-    def _map_memory(self) -> None:
-        address, uc = self.ram.host_address(), self._uc
-        spans = ((0, LOW_END), (ROM_BASE, HIGH_BASE - ROM_BASE), (HIGH_BASE, self.ram.size - HIGH_BASE))
-        for start, size in spans:
-            uc.mem_map_ptr(start, size, _READ_WRITE_EXECUTE, address + start)
-        uc.mem_protect(ROM_BASE, HIGH_BASE - ROM_BASE, _READ_EXECUTE)
-        for start, end in ((LOW_END, ROM_BASE), (self.ram.size, _FOUR_GIB)):
-            uc.mmio_map(start, end - start, self._mmio_read, start, self._mmio_write, start)
-        self.ram.written = lambda gpa, length: uc.ctl_remove_cache(gpa, gpa + length)
 
     def _add_hooks(self) -> None:
         unicorn, names, uc = self._unicorn, self._names, self._uc
         uc.hook_add(unicorn.UC_HOOK_INSN, self._out, None, 1, 0, names.UC_X86_INS_OUT)
         uc.hook_add(unicorn.UC_HOOK_INSN, self._in, None, 1, 0, names.UC_X86_INS_IN)
         uc.hook_add(unicorn.UC_HOOK_INTR, self._interrupt)
-        uc.hook_add(unicorn.UC_HOOK_MEM_WRITE_PROT, self._rom_write)
+        uc.hook_add(unicorn.UC_HOOK_MEM_WRITE_PROT, self._memory.rom_write)
         uc.hook_add(unicorn.UC_HOOK_INSN_INVALID, self._invalid)
         uc.hook_add(unicorn.UC_HOOK_EDGE_GENERATED, self._translated)
 
@@ -143,6 +133,9 @@ class SoftCpu(Cpu):
         """Whether CR0.PE is set."""
         return bool(self._uc.reg_read(self._names.UC_X86_REG_CR0) & 1)
 
+    def _paging(self) -> bool:
+        return bool(self._uc.reg_read(self._names.UC_X86_REG_CR0) >> 31 & 1)
+
     def segment_base(self, name: str) -> int:
         """Return a segment's base; in protected mode as the global descriptor table says now."""
         selector = int(self._uc.reg_read(self._segment_ids[name]))
@@ -166,6 +159,20 @@ class SoftCpu(Cpu):
         self.pics.set_line(line, level)
 
     # --- what the guest does to the outside -------------------------------------------------------------------------
+
+    def show_cpuid(self, leaves: Mapping[int, tuple[int, int, int, int]]) -> None:
+        """Answer these leaves in the engine's place."""
+        uc, ids = self._uc, [self._ids[name] for name in ("rax", "rbx", "rcx", "rdx")]
+
+        def answer(_uc: Any, _data: Any) -> int:
+            leaf = leaves.get(int(uc.reg_read(ids[0])))
+            if leaf is None:
+                return 0
+            for register, value in zip(ids, leaf, strict=True):
+                uc.reg_write(register, value)
+            return 1
+
+        uc.hook_add(self._unicorn.UC_HOOK_INSN, answer, None, 1, 0, self._names.UC_X86_INS_CPUID)
 
     def _count(self, kind: str) -> Dispatcher:
         if self._dispatcher is None:
@@ -208,19 +215,20 @@ class SoftCpu(Cpu):
         return self._read(uc, dispatcher, dispatcher.pio_read, port, size)
 
     def _mmio_read(self, uc: Any, offset: int, size: int, start: int) -> int:
+        if self._dispatcher is None:  # a snapshot comes back whose tables lie where no memory is
+            return (1 << (8 * size)) - 1
         dispatcher = self._count("mmio")
         return self._read(uc, dispatcher, dispatcher.mmio_read, start + offset, size)
 
     def _mmio_write(self, uc: Any, offset: int, size: int, value: int, start: int) -> None:
+        if self._dispatcher is None:
+            return
         dispatcher = self._count("mmio")
         dispatcher.mmio_write(start + offset, size, value & ((1 << (8 * size)) - 1))
         self._served(uc, dispatcher)
 
-    def _rom_write(self, _uc: Any, _access: int, _address: int, _size: int, _value: int, _data: Any) -> bool:
-        """Let a write into the ROM pass, which the engine cannot drop; it is undone at the end of the slice."""
-        if not self._rom_dirty:
-            self._rom, self._rom_dirty = self.ram.read(ROM_BASE, HIGH_BASE - ROM_BASE), True
-        return True
+    def _end_slice(self) -> None:
+        (self._memory.settle if self._dispatcher is None else self._uc.emu_stop)()
 
     def _interrupt(self, uc: Any, vector: int, _data: Any) -> None:
         self._vector = vector
@@ -252,7 +260,7 @@ class SoftCpu(Cpu):
         self._next_poll = time.monotonic() + dispatcher.poll_seconds
         while not dispatcher.stopping:
             self._prepare()
-            if self._slice(dispatcher):
+            if self._slice(dispatcher) and not dispatcher.resting:
                 break
             end = self._after_slice(dispatcher)
             if end is not None:
@@ -262,27 +270,25 @@ class SoftCpu(Cpu):
 
     def _prepare(self) -> None:
         """Forget what the last slice ended with."""
-        self._vector = self._to_watch = self._halt_at = None
+        self._vector = None
         self._accesses = 0
+        self._watch.prepare()
 
     def _slice(self, dispatcher: Dispatcher) -> bool:
         """Run up to the next timer event, or a full slice; True when the machine shall stop."""
         count = SLICE_MAX
         if self.pit.due is not None:
             count = max(SLICE_MIN, min(count, (self.pit.due - self._now) // INSTRUCTION_NS))
-        if self._single_step:
-            count = 1
+        if self._steps:
+            count, self._watch.wanted = self._steps, False  # the watched instruction itself runs now
         self.exits["slice"] += 1
+        self._memory.settle()  # what the host wrote since the last slice
         self._uc.emu_start(self._pc(), _NEVER, count=count)
         if self._raised is not None:
             raise self._raised
-        if self._rom_dirty:
-            self._rom_dirty = False
-            self.ram.load_rom(self._rom)
-            self._uc.ctl_remove_cache(ROM_BASE, HIGH_BASE)
-        if self._to_watch is not None:
-            self._watch(self._to_watch)
-        else:
+        self._memory.settle()
+        self._watch.settle()
+        if not self._watch.stopped_for_fresh:
             self._now += INTERRUPT_NS if self._vector is not None else count * INSTRUCTION_NS
         return dispatcher.stopping
 
@@ -291,94 +297,98 @@ class SoftCpu(Cpu):
         return int(self._uc.reg_read(self._names.UC_X86_REG_EIP))
 
     def _after_slice(self, dispatcher: Dispatcher) -> CpuEnd | None:
+        self._steps = self._watch.steps
         if self._vector is not None:
             self.exits["int"] += 1
             self._deliverer.deliver(self._vector, exception=self._fault(self._vector))
-            return None
-        if self._halt_at is not None and self.segment_base("cs") + self._pc() == self._halt_at + 1:
-            if not self.get("rflags") & FLAG_INTERRUPT:
-                return CpuEnd(EndReason.HALT, f"HLT with interrupts off at {self._where()}")
-            self._idle(dispatcher)
+        else:
+            halt = self._watch.halt_at
+            if halt is not None and self._next() == halt + 1:
+                if not self.get("rflags") & FLAG_INTERRUPT:
+                    return CpuEnd(EndReason.HALT, f"HLT with interrupts off at {self._where()}")
+                self._idle(dispatcher)
         self.pit.advance(self._now)
-        self._single_step = False
-        if self.pics.pending() and self.get("rflags") & FLAG_INTERRUPT:
-            self._single_step = self._shadowed()
-            vector = None if self._single_step else self.pics.acknowledge()
+        self._interrupt_guest()
+        return None
+
+    def _interrupt_guest(self) -> None:
+        """Deliver the interrupt that waits, if the guest takes it now; else look out for the moment when it does."""
+        self._watch.wanted = False
+        if not self.pics.pending():
+            return
+        if not self.get("rflags") & FLAG_INTERRUPT:
+            self._watch.wanted = True
+        elif self._code_seen.shadows(self._next()):
+            self._steps = 1
+        else:
+            vector = self.pics.acknowledge()
             if vector is not None:
                 self.exits["irq"] += 1
                 self._deliverer.deliver(vector, exception=False)
-        return None
 
     def _idle(self, dispatcher: Dispatcher) -> None:
         """Sleep in HLT until an interrupt is due; virtual time never runs ahead of the wall clock while idle."""
         while not self.pics.pending() and not dispatcher.stopping:
             nap = int(TICK_SECONDS * 1e9)
-            if self.pit.due is not None:
+            if self.pit.due is not None and self.pics.lets_through(TIMER_LINE):
                 nap = max(0, min(nap, self.pit.due - self._now))
             time.sleep(nap / 1e9)
             self._now += nap
             self.pit.advance(self._now)
-            dispatcher.poll()
-
-    # --- telling HLT from a slice that was used up --------------------------------------------------------------------
+            self._poll(dispatcher)
 
     def _translated(self, uc: Any, block: Any, _before: Any, _data: Any) -> None:
-        """Stop before a fresh block that may end in HLT runs for the first time, so that its last byte is watched.
-
-        Unicorn does not tell why it stopped. A hook on the very byte does: it is called only if an instruction starts
-        there, and F4 as an instruction is HLT.
-        """
-        last = block.pc + block.size - 1
-        self._accesses += 1  # translating is slow, and guests that change their own code make it happen all the time
-        if last not in self._watched and self._code(last, 1) == bytes((_HLT,)):
-            self._to_watch = last
-        if self._to_watch is not None or self._accesses >= _ACCESSES_MAX:
+        """Stop before a fresh block runs whose end is to be watched."""
+        # Translating is slow, and guests that change their own code make it happen all the time.
+        self._accesses += 1 + block.size // _FRESH_BYTES
+        if block.pc >> 32:  # a slice would go on at the lower half of this address
+            self._raised = DeliveryError(f"code at {block.pc:#x}, beyond the 4 GiB of this engine,")
+        if self._raised or self._watch.look_at(block.pc + block.size - 1) or self._accesses >= _ACCESSES_MAX:
             uc.emu_stop()
 
-    def _watch(self, address: int) -> None:
-        if len(self._watched) >= _WATCHED_MAX:
-            for hook in self._watched.values():
-                self._uc.hook_del(hook)
-            self._watched.clear()
-            self._uc.ctl_flush_tb()
-        hook = self._uc.hook_add(self._unicorn.UC_HOOK_CODE, self._before_halt, None, address, address)
-        self._watched[address] = hook
-        self._uc.ctl_remove_cache(address, address + 1)
-
-    def _before_halt(self, _uc: Any, address: int, size: int, _data: Any) -> None:
-        if size == 1 and self._code(address, 1) == bytes((_HLT,)):
-            self._halt_at = address
-
-    # --- looking at the code around the instruction pointer ---------------------------------------------------------
-
-    def _code(self, linear: int, size: int) -> bytes:
-        """Return code bytes, or nothing where they are out of reach."""
-        try:
-            return bytes(self._uc.mem_read(self._deliverer.physical(linear), size))
-        except (self._unicorn.UcError, DeliveryError):
-            return b""
-
-    def _behind(self) -> bytes:
-        """Return the two bytes before the instruction pointer."""
-        return self._code(self.segment_base("cs") + self._pc() - 2, 2)
+    def _next(self) -> int:
+        """Return the linear address of the next instruction."""
+        return self.segment_base("cs") + self._pc()
 
     def _fault(self, vector: int) -> bool:
         """Whether this interrupt is a fault with an error code, and not an INT n that the CPU just passed."""
         if vector not in WITH_ERROR_CODE or not self.protected():
             return False
-        return self._behind() != bytes((_INT, vector))
-
-    def _shadowed(self) -> bool:
-        """Whether the last instruction holds interrupts off for one more: STI, MOV SS, POP SS."""
-        code = self._behind()
-        if len(code) < 2:
-            return False
-        return code[1] in (_STI, _POP_SS) or (code[0] == _MOV_SREG and code[1] & 0xF8 == 0xD0)
+        return not self._code_seen.calls(self._next(), vector)
 
     def _where(self) -> str:
         return f"{self.segment_base('cs'):#x}:{self._pc():#x}"
 
+    def state(self) -> State:
+        """Return registers, chips and virtual time; what was translated is forgotten, as it is on the way back."""
+        self._watch.forget()
+        return {
+            "registers": softstate.save(self._uc, self._names),
+            "now": self._now,
+            "steps": self._steps,
+            "wanted": self._watch.wanted,
+            "chips": [state_of(chip) for chip in self._chips()],
+        }
+
+    def _chips(self) -> tuple[object, ...]:
+        return (self.pics.master, self.pics.slave, self.pit, *self.pit.counters)
+
+    def set_state(self, state: State) -> None:
+        """Bring them back."""
+        chips = state.get("chips")
+        if type(chips) is not list or len(chips) != len(self._chips()) or not all(type(each) is dict for each in chips):
+            raise refuse("chips")
+        self._now, self._steps = number(state, "now", range(1 << 62)), number(state, "steps", range(3))
+        self._watch.forget()
+        self._watch.wanted = flag(state, "wanted")
+        for chip, remembered in zip(self._chips(), chips, strict=True):
+            set_state_of(chip, remembered)
+        try:
+            softstate.load(self._uc, self._names, part(state, "registers"))
+        except self._unicorn.UcError as error:
+            raise HostError(f"the snapshot's registers do not fit its memory: {error}", field="registers") from error
+
     def close(self) -> None:
         """Drop the engine; unmaps nothing of the RAM, which is not its own."""
-        self.ram.written = None
+        self._memory.close()
         self._uc = self._deliverer = None

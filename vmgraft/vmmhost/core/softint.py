@@ -39,10 +39,13 @@ class Deliverer:
         uc: The Unicorn engine.
         names: Its module of x86 register numbers.
         segment_base: Gives the linear base of a segment register.
+        write: Writes guest-physical memory as the CPU itself does.
     """
 
-    def __init__(self, uc: Any, names: Any, segment_base: Callable[[str], int]) -> None:
-        self._uc, self._names, self._base = uc, names, segment_base
+    def __init__(
+        self, uc: Any, names: Any, segment_base: Callable[[str], int], write: Callable[[int, bytes], None]
+    ) -> None:
+        self._uc, self._names, self._base, self._put = uc, names, segment_base, write
 
     def _get(self, name: str) -> int:
         return int(self._uc.reg_read(getattr(self._names, f"UC_X86_REG_{name}")))
@@ -74,7 +77,7 @@ class Deliverer:
         return bytes(self._uc.mem_read(self._within_page(linear, size), size))
 
     def _write(self, linear: int, data: bytes) -> None:
-        self._uc.mem_write(self._within_page(linear, len(data)), data)
+        self._put(self._within_page(linear, len(data)), data)
 
     def physical(self, linear: int) -> int:
         """Return the guest-physical address of a linear one, through the page tables when paging is on.
@@ -101,7 +104,7 @@ class Deliverer:
         frame = struct.pack("<HHH", self._get("EIP") & 0xFFFF, self._get("CS"), flags & 0xFFFF)
         if sp > 0x10000 - len(frame):
             raise DeliveryError("the stack of an interrupt frame wraps around")
-        self._uc.mem_write(self._base("ss") + sp, frame)
+        self._put(self._base("ss") + sp, frame)
         self._set("SP", sp)
         self._set("EFLAGS", flags & ~(FLAG_INTERRUPT | FLAG_TRAP))
         self._set("CS", cs)

@@ -1,6 +1,7 @@
 """The interrupt controllers and the timer of the software CPU: what KVM keeps in the kernel.
 
-Two cascaded 8259A (Intel 231468, edge triggered, fixed priorities) and an 8254 (Intel 231164) driven by virtual time.
+Two cascaded 8259A (Intel 231468, fixed priorities; lines triggered by level where the ELCR of Intel's 82371SB says so,
+else by edge) and an 8254 (Intel 231164) driven by virtual time.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from typing import Final
 
 #: Input clock of a PC's timer in Hz: 14.31818 MHz / 12.
 PIT_HZ: Final = 1_193_182
+TIMER_LINE: Final = 0
 CASCADE_LINE: Final = 2
 
 
@@ -21,16 +23,27 @@ class _Pic:
         self.mask = 0xFF
         self.requested = 0
         self.in_service = 0
+        self.level_triggered = 0
         self._lines = 0
         self._init_step = 0
         self._read_isr = False
-        self._auto_eoi = False
+        self._auto_eoi = self._need_icw4 = False
 
     def line(self, line: int, level: bool) -> None:
         bit = 1 << line
         if level and not self._lines & bit:
             self.requested |= bit
         self._lines = self._lines | bit if level else self._lines & ~bit
+        if self.level_triggered & bit:
+            self._follow()
+
+    def _follow(self) -> None:
+        """Request what level-triggered lines ask for, as long as they do."""
+        self.requested = self.requested & ~self.level_triggered | self._lines & self.level_triggered
+
+    def trigger_by_level(self, lines: int) -> None:
+        self.level_triggered = lines
+        self._follow()
 
     def ready(self) -> int | None:
         """Return the highest-priority line that may interrupt now."""
@@ -43,7 +56,7 @@ class _Pic:
         return None
 
     def acknowledge(self, line: int) -> int:
-        self.requested &= ~(1 << line)
+        self.requested &= ~(1 << line) | self.level_triggered
         if not self._auto_eoi:
             self.in_service |= 1 << line
         return self.base + line
@@ -66,6 +79,7 @@ class _Pic:
             self._init_step, self._need_icw4 = 2, bool(value & 1)
             self.mask = self.requested = self.in_service = 0
             self._read_isr = False
+            self._follow()
         elif value & 0x08:  # OCW3
             if value & 2:
                 self._read_isr = bool(value & 1)
@@ -105,10 +119,16 @@ class PicPair:
         self.master.line(CASCADE_LINE, False)
         if self.slave.ready() is not None:
             self.master.line(CASCADE_LINE, True)
+        else:
+            self.master.requested &= ~(1 << CASCADE_LINE)  # what the slave asked for is gone
 
     def pending(self) -> bool:
         """Whether an interrupt waits for the CPU."""
         return self.master.ready() is not None
+
+    def lets_through(self, line: int) -> bool:
+        """Whether one of the master's lines would interrupt as soon as it is raised."""
+        return not self.master.mask >> line & 1 and not self.master.in_service & ((2 << line) - 1)
 
     def acknowledge(self) -> int | None:
         """Take the interrupt that waits and return its vector."""
@@ -136,6 +156,25 @@ class PicPorts:
     def pio_write(self, offset: int, size: int, value: int) -> None:
         """Write a command or a mask."""
         self._chip.write(offset, value & 0xFF)
+        self._pair._cascade()
+
+
+class LevelControl:
+    """Ports 0x4D0-0x4D1: which lines are triggered by level; timer, cascade, keyboard and clock never are."""
+
+    def __init__(self, pair: PicPair) -> None:
+        self._pair = pair
+
+    def pio_read(self, offset: int, size: int) -> int:
+        """Read the lines of one chip, or of both."""
+        return (self._pair.master.level_triggered | self._pair.slave.level_triggered << 8) >> (8 * offset)
+
+    def pio_write(self, offset: int, size: int, value: int) -> None:
+        """Set the lines of one chip, or of both."""
+        if offset == 0:
+            self._pair.master.trigger_by_level(value & 0xF8)
+        if offset == 1 or size == 2:
+            self._pair.slave.trigger_by_level((value >> (8 if offset == 0 else 0)) & 0xDE)
         self._pair._cascade()
 
 
@@ -235,8 +274,8 @@ class Pit:
         """Raise IRQ 0 if counter 0 came to its end; ends missed in between are dropped."""
         if self.due is None or now < self.due:
             return
-        self._pics.set_line(0, True)
-        self._pics.set_line(0, False)
+        self._pics.set_line(TIMER_LINE, True)
+        self._pics.set_line(TIMER_LINE, False)
         if self.counters[0].mode in (2, 3):
             period = self._period()
             self.due += period * ((now - self.due) // period + 1)

@@ -29,6 +29,15 @@ MAX_COPY_BYTES: Final = 65536
 MAX_LOG_BYTES: Final = 1024
 #: What a line counts at least against ``logBytes``: its record in the audit log is longer than its text.
 MIN_LOG_COST: Final = 64
+#: Longest data of one call: ``get_buffer``, ``set_buffer``, a saved state.
+MAX_BUFFER_BYTES: Final = 65536
+#: Longest key and value of the key-value store; together they fit one message.
+MAX_KEY_BYTES: Final = 64
+MAX_VALUE_BYTES: Final = 4000
+#: Longest name of a metric.
+MAX_NAME_BYTES: Final = 64
+#: What ``on_service`` returns to leave the answer to whoever is next: -1.
+PASS: Final = MASK64
 #: Shortest interval that ``set_tick`` can ask for: the host's own tick, in nanoseconds.
 MIN_TICK_NS: Final = 10_000_000
 
@@ -44,6 +53,13 @@ class Hook(IntFlag):
     HYPERCALL = 32
     TICK = 64
     EVENT = 128
+    SERVICE = 256
+    SNAPSHOT = 512
+    RESTORE = 1024
+    VIRTIO_QUEUE = 2048
+    VIRTIO_CONFIG_READ = 4096
+    VIRTIO_CONFIG_WRITE = 8192
+    VIRTIO_STATUS = 16384
 
 
 class Event(IntEnum):
@@ -79,6 +95,13 @@ EXPORTS: Final[dict[str, tuple[Signature, Hook | None]]] = {
     "on_hypercall": (Signature((I32, I32, I32, I32, I32), (I64,)), Hook.HYPERCALL),
     "on_tick": (Signature((I64,)), Hook.TICK),
     "on_event": (Signature((I32,)), Hook.EVENT),
+    "on_service": (Signature((I32, I64, I64), (I64,)), Hook.SERVICE),
+    "on_snapshot": (Signature((), (I32,)), Hook.SNAPSHOT),
+    "on_restore": (Signature((I32,), (I32,)), Hook.RESTORE),
+    "on_virtio_queue": (Signature((I32, I32, I32), (I32,)), Hook.VIRTIO_QUEUE),
+    "on_virtio_config_read": (Signature((I32, I32), (I64,)), Hook.VIRTIO_CONFIG_READ),
+    "on_virtio_config_write": (Signature((I32, I32, I64)), Hook.VIRTIO_CONFIG_WRITE),
+    "on_virtio_status": (Signature((I32, I64)), Hook.VIRTIO_STATUS),
 }
 
 #: Import name → (type, capability); None where no capability is needed.
@@ -91,10 +114,20 @@ IMPORTS: Final[dict[str, tuple[Signature, str | None]]] = {
     "stop": (Signature(()), "stop"),
     "guest_read": (Signature((I64, I32, I32), (I32,)), "guest:r"),
     "guest_write": (Signature((I64, I32, I32), (I32,)), "guest:rw"),
+    "get_buffer": (Signature((I32, I32, I32), (I32,)), None),
+    "set_buffer": (Signature((I32, I32)), None),
+    "irq": (Signature((I32, I32)), "irq"),
+    "kv_get": (Signature((I32, I32, I32, I32), (I32,)), "kv"),
+    "kv_put": (Signature((I32, I32, I32, I32), (I32,)), "kv"),
+    "metric": (Signature((I32, I32, I64)), "metric"),
+    "virtio_kick": (Signature((I32,)), "virtio"),
 }
 
 #: Imports that take a pointer: a module that uses one must export its memory.
-POINTER_IMPORTS: Final = frozenset({"config_read", "log", "random", "guest_read", "guest_write"})
+POINTER_IMPORTS: Final = frozenset({
+    "config_read", "log", "random", "guest_read", "guest_write", "get_buffer", "set_buffer", "kv_get", "kv_put",
+    "metric",
+})  # fmt: skip
 
 
 class Grant(IntFlag):
@@ -107,6 +140,10 @@ class Grant(IntFlag):
     STOP = 16
     GUEST_READ = 32
     GUEST_WRITE = 64
+    IRQ = 128
+    KV = 256
+    METRIC = 512
+    VIRTIO = 1024
 
     def allows(self, capability: str | None) -> bool:
         """Say whether the capability named in `IMPORTS` is among the granted ones."""
@@ -121,4 +158,8 @@ _GRANT_OF: Final = {
     "stop": Grant.STOP,
     "guest:r": Grant.GUEST_READ,
     "guest:rw": Grant.GUEST_WRITE,
+    "irq": Grant.IRQ,
+    "kv": Grant.KV,
+    "metric": Grant.METRIC,
+    "virtio": Grant.VIRTIO,
 }

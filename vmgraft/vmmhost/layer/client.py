@@ -6,11 +6,17 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol, Self
 
-from vmgraft.errors import UsageError
+from vmgraft.errors import ExtensionFaultError, UsageError
 from vmgraft.vmmhost.core.contract import GuestMemory, HypercallHandler, MmioHandler, PioHandler
-from vmgraft.vmmhost.layer.abi import Event
-from vmgraft.vmmhost.layer.proxy import Audit, ExtensionProxy, MmioView, PioView, Surroundings
+from vmgraft.vmmhost.core.services import Service, ServiceHandler
+from vmgraft.vmmhost.layer.abi import Event, Hook
+from vmgraft.vmmhost.layer.proxy import ExtensionProxy, State
 from vmgraft.vmmhost.layer.spec import ExtensionSpec
+from vmgraft.vmmhost.layer.states import ExtensionState, restore, save, snapshot
+from vmgraft.vmmhost.layer.states import load as load_state
+from vmgraft.vmmhost.layer.store import KvStore
+from vmgraft.vmmhost.layer.surroundings import Audit, Surroundings
+from vmgraft.vmmhost.layer.views import MmioView, PioView
 from vmgraft.vmmhost.layer.zygote import Zygote
 
 
@@ -20,6 +26,12 @@ class ClaimBus(Protocol):
     def claim_pio(self, first: int, last: int, handler: PioHandler, owner: str) -> None: ...  # noqa: D102
     def claim_mmio(self, base: int, size: int, handler: MmioHandler, owner: str) -> None: ...  # noqa: D102
     def claim_hypercall(self, first: int, last: int, handler: HypercallHandler, owner: str) -> None: ...  # noqa: D102
+    def claim_service(  # noqa: D102
+        self, service: Service, handler: ServiceHandler, owner: str, *, chain: bool = False, rank: int = 0
+    ) -> None: ...
+    def claim_irq(self, line: int, owner: str) -> Callable[[bool], None]: ...  # noqa: D102
+    def describe(self, owner: str, text: str) -> None: ...  # noqa: D102
+    def release(self, owner: str) -> Callable[[], None]: ...  # noqa: D102
 
 
 class ExtensionHost:
@@ -29,7 +41,7 @@ class ExtensionHost:
         specs: The extensions, verified and cut down to what the policy grants.
         memory: Guest RAM; reached only through the specs' windows.
         audit: Takes (event, fields) for the audit log: ``extension-start``, ``extension-refused``, ``fault``,
-            ``quota``, ``log``, ``stop-request``, ``extension-end``.
+            ``quota``, ``log``, ``stop-request``, ``extension-change``, ``extension-end``.
         stop: Asks the machine to stop after a fault or a module's request, with the reason.
         clock: Virtual nanoseconds since boot.
         deterministic_seed: Makes ``random`` repeatable, for tests and recordings; None for real randomness.
@@ -37,6 +49,8 @@ class ExtensionHost:
         start_seconds: Wall-clock limit for one worker to get ready.
         compile_cpu_seconds: CPU limit for compiling one module.
         time_left: Wall-clock seconds until the guest is stopped anyway; no worker is waited for beyond.
+        min_isolation: Least isolation level of every worker; a spec may demand more.
+        map_windows: Whether workers may map their windows of whole pages; else every copy is a message.
         cpu: Processor to keep the workers on; pays off when it is the one that the vCPU's thread is kept on.
 
     Raises:
@@ -57,6 +71,8 @@ class ExtensionHost:
         compile_cpu_seconds: int = 10,
         time_left: Callable[[], float] = lambda: math.inf,
         cpu: int | None = None,
+        min_isolation: int = 0,
+        map_windows: bool = True,
     ) -> None:
         ids = [spec.id for spec in specs]
         for name in ids:
@@ -64,10 +80,22 @@ class ExtensionHost:
                 raise UsageError(f"extension {name} is there twice", field="id")
         self._specs = tuple(specs)
         self._around = Surroundings(
-            memory, audit, stop, clock, deterministic_seed, start_seconds, compile_cpu_seconds, time_left, cpu
+            memory,
+            audit,
+            stop,
+            clock,
+            deterministic_seed,
+            start_seconds,
+            compile_cpu_seconds,
+            time_left,
+            cpu,
+            min_isolation,
+            map_windows,
         )
         self._zygote = zygote
         self._own_zygote: Zygote | None = None
+        self._bus: ClaimBus | None = None
+        self._last_rank = 0
         self.proxies: tuple[ExtensionProxy, ...] = ()
 
     def start(self) -> None:
@@ -82,9 +110,7 @@ class ExtensionHost:
         if not self._specs:
             return
         try:
-            zygote = self._zygote
-            if zygote is None:
-                zygote = self._own_zygote = Zygote.start()
+            zygote = self._workers()
             self.proxies = tuple(ExtensionProxy(spec, zygote, self._around) for spec in self._specs)
             for proxy in self.proxies:
                 proxy.start()
@@ -98,14 +124,153 @@ class ExtensionHost:
         Raises:
             CapabilityError: from the bus, when a range overlaps a core device or another extension.
         """
+        self._bus = bus
         for proxy in self.proxies:
-            spec = proxy.spec
-            for ports in spec.pio:
-                bus.claim_pio(ports.first, ports.last, PioView(proxy, ports.first), spec.id)
-            for area in spec.mmio:
-                bus.claim_mmio(area.base, area.size, MmioView(proxy, area.base), spec.id)
-            for numbers in spec.hypercalls:
-                bus.claim_hypercall(numbers.first, numbers.last, proxy, spec.id)
+            self._plug(bus, proxy)
+
+    # --- changes of a running machine ---------------------------------------------------------------------------------
+
+    def load(self, spec: ExtensionSpec, ready: Callable[[], None] = lambda: None) -> None:
+        """Start one more extension and give it its claims.
+
+        Args:
+            spec: The extension.
+            ready: Called once it is ready, before it gets anything of the guest; what it raises ends the extension.
+
+        Raises:
+            UsageError: an extension of this id is there already, or there is no machine yet.
+            VmgraftError: as `start` and `claim`, and from ``ready``; everything is as it was before then.
+        """
+        bus = self._running_bus()
+        if any(proxy.spec.id == spec.id for proxy in self.proxies):
+            raise UsageError(f"extension {spec.id} is loaded already", field="id", hint="replace it")
+        proxy = ExtensionProxy(spec, self._workers(), self._around)
+        try:
+            _start_for_good(proxy)
+            ready()
+            self._plug(bus, proxy)
+        except BaseException:
+            proxy.close()
+            bus.release(spec.id)
+            raise
+        self.proxies = (*self.proxies, proxy)
+        self._note("load", spec)
+
+    def unload(self, extension_id: str) -> None:
+        """End an extension: its claims are free, its interrupt lines down, its keys and values forgotten.
+
+        Raises:
+            UsageError: no such extension, or there is no machine yet.
+        """
+        bus, proxy = self._running_bus(), self._find(extension_id)
+        proxy.irqs.disconnect()
+        bus.release(extension_id)
+        self.proxies = tuple(other for other in self.proxies if other is not proxy)
+        proxy.close()
+        self._note("unload", proxy.spec)
+
+    def replace(self, spec: ExtensionSpec, ready: Callable[[], None] = lambda: None) -> None:
+        """Put another extension in the place of the one of its id; the old one stays until the new one is ready.
+
+        The new one gets the old one's keys and values, and its state where the old one has ``on_snapshot`` and the new
+        one ``on_restore``. Between two accesses of the guest the claims change hands all at once.
+
+        Args:
+            spec: The new extension.
+            ready: Called once it is ready, while the old one still has its claims; what it raises ends the new one.
+
+        Raises:
+            UsageError: no such extension, or there is no machine yet.
+            VmgraftError: as `start`, `claim` and the saving of states, and from ``ready``; the old one is as it was
+                before then.
+        """
+        bus, old = self._running_bus(), self._find(spec.id)
+        state = snapshot(old)
+        new = ExtensionProxy(spec, self._workers(), self._around, KvStore(old.store.items()))
+        try:
+            _start_for_good(new)
+            if state is not None and new.has(Hook.RESTORE):
+                restore(new, state)
+            ready()
+            self._swap(bus, old, new)
+        except BaseException:
+            new.close()
+            raise
+        self.proxies = tuple(new if proxy is old else proxy for proxy in self.proxies)
+        old.close()
+        self._note("replace", spec)
+
+    def _swap(self, bus: ClaimBus, old: ExtensionProxy, new: ExtensionProxy) -> None:
+        new.rank = old.rank
+        drivers = old.irqs.disconnect()
+        undo = bus.release(old.spec.id)
+        try:
+            self._plug(bus, new)
+        except BaseException:
+            bus.release(new.spec.id)
+            undo()
+            old.irqs.connect(drivers)
+            raise
+
+    def snapshot(self) -> tuple[ExtensionState, ...]:
+        """Return the state of every extension that runs, for `restore`.
+
+        Raises:
+            ExtensionFaultError: one cannot be saved now, or broke a rule over it.
+        """
+        return tuple(save(proxy) for proxy in self.proxies if proxy.state is State.RUNNING)
+
+    def restore(self, states: Sequence[ExtensionState]) -> None:
+        """Make the extensions what they were when `snapshot` was called, on this machine or another.
+
+        Raises:
+            UsageError: a state is of an extension that is not there.
+            PayloadMismatchError: a state is of another module.
+            ExtensionFaultError: a module refuses its state, or broke a rule over it.
+        """
+        pairs = [(self._find(saved.id), saved) for saved in states]
+        for proxy, saved in pairs:
+            load_state(proxy, saved)
+
+    def _find(self, extension_id: str) -> ExtensionProxy:
+        for proxy in self.proxies:
+            if proxy.spec.id == extension_id:
+                return proxy
+        names = ", ".join(proxy.spec.id for proxy in self.proxies) or "none"
+        raise UsageError(f"no extension {extension_id[:128]!r} is loaded", field="id", hint=f"loaded: {names}")
+
+    def _running_bus(self) -> ClaimBus:
+        if self._bus is None:
+            raise UsageError("extensions can be changed once the machine is built")
+        return self._bus
+
+    def _workers(self) -> Zygote:
+        zygote = self._zygote or self._own_zygote
+        if zygote is None:
+            zygote = self._own_zygote = Zygote.start()
+        return zygote
+
+    def _plug(self, bus: ClaimBus, proxy: ExtensionProxy) -> None:
+        """Make every claim of an extension; those asked before a service stand in the order in which they came."""
+        spec = proxy.spec
+        if not proxy.rank:
+            self._last_rank += 1
+            proxy.rank = self._last_rank
+        for ports in spec.pio:
+            bus.claim_pio(ports.first, ports.last, PioView(proxy, ports.first), spec.id)
+        for area in spec.mmio:
+            bus.claim_mmio(area.base, area.size, MmioView(proxy, area.base), spec.id)
+        for numbers in spec.hypercalls:
+            bus.claim_hypercall(numbers.first, numbers.last, proxy, spec.id)
+        for use in spec.services:
+            bus.claim_service(Service[use.name.upper()], proxy, spec.id, chain=use.chain, rank=proxy.rank)
+        proxy.irqs.connect({line: bus.claim_irq(line, spec.id) for line in spec.irqs})
+        bus.describe(spec.id, f"{spec.id} {spec.version}")
+
+    def _note(self, action: str, spec: ExtensionSpec) -> None:
+        self._around.audit("extension-change", {"id": spec.id, "version": spec.version, "action": action})
+
+    # --- the machine's life -------------------------------------------------------------------------------------------
 
     def tick(self, now: int) -> None:
         """Pass on the core's tick; ``now`` in virtual nanoseconds (core contract ``TickHandler``)."""
@@ -145,3 +310,11 @@ class ExtensionHost:
 
     def __exit__(self, *_exc: object) -> None:
         self.close()
+
+
+def _start_for_good(proxy: ExtensionProxy) -> None:
+    """Start a worker on a running machine, where what ``on_fault`` forgives is no start either."""
+    proxy.start()
+    if proxy.state is not State.RUNNING:
+        message = f"extension {proxy.spec.id} did not start"
+        raise ExtensionFaultError(message, file=proxy.spec.id, hint="the audit log has the record")

@@ -17,6 +17,8 @@ class FaultKind(StrEnum):
     PROTOCOL = "protocol"  #: the worker sent what the protocol does not allow
     WINDOW = "window"  #: guest memory outside the granted windows
     QUOTA = "quota"  #: more requests in one call than the host serves
+    ANSWER = "answer"  #: the answer to a service or a snapshot is out of its range
+    ISOLATION = "isolation"  #: the worker is not locked in as it says
     START = "start"  #: ``on_start`` returned an error
 
 

@@ -20,6 +20,9 @@ _READ_FILE: Final = 1 << 2
 _READ_DIR: Final = 1 << 3
 _WRITE_FILE: Final = 1 << 1
 _TRUNCATE: Final = 1 << 14
+_REMOVE_FILE: Final = 1 << 5
+_EXECUTE: Final = 1 << 0
+_IOCTL_DEV: Final = 1 << 15
 _MAKE_REG: Final = 1 << 8
 #: ABI version → number of file system rights it knows (1: 13, 2: REFER, 3: TRUNCATE, 5: IOCTL_DEV).
 _FS_BITS: Final = {1: 13, 2: 14, 3: 15, 4: 15}
@@ -35,12 +38,24 @@ def abi_version() -> int:
         return 0
 
 
-def restrict(*, read: Iterable[str] = (), write: Iterable[str] = (), network: bool = True, scope: bool = True) -> int:
+def restrict(
+    *,
+    read: Iterable[str] = (),
+    write: Iterable[str] = (),
+    remove: Iterable[str] = (),
+    execute: Iterable[str] = (),
+    devices: Iterable[str] = (),
+    network: bool = True,
+    scope: bool = True,
+) -> int:
     """Deny this thread, and all it starts, every new use of the file system but what is named.
 
     Args:
         read: Files and directories below which reading stays allowed; missing ones are passed over.
         write: Likewise for reading, writing and making plain files.
+        remove: Directories in which files may be removed.
+        execute: Programs, and what loads them, that may be read and started.
+        devices: Device nodes that may be read, written and controlled.
         network: Deny TCP bind and connect too (ABI 4 and up).
         scope: Deny signals and abstract sockets to the outside too (ABI 6 and up).
 
@@ -62,6 +77,12 @@ def restrict(*, read: Iterable[str] = (), write: Iterable[str] = (), network: bo
             _allow(ruleset, path, (_READ_FILE | _READ_DIR) & rights)
         for path in write:
             _allow(ruleset, path, (_READ_FILE | _READ_DIR | _WRITE_FILE | _TRUNCATE | _MAKE_REG) & rights)
+        for path in devices:
+            _allow(ruleset, path, (_READ_FILE | _WRITE_FILE | _IOCTL_DEV) & rights)
+        for path in execute:
+            _allow(ruleset, path, (_EXECUTE | _READ_FILE | _READ_DIR) & rights)
+        for path in remove:
+            _allow(ruleset, path, _REMOVE_FILE & rights)
         syscall(SYS_LANDLOCK_RESTRICT_SELF, ruleset, 0)
     finally:
         os.close(ruleset)

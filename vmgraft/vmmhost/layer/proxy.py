@@ -8,26 +8,35 @@ import math
 import os
 import secrets
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Any, Final
 
 from vmgraft.errors import ExtensionFaultError, VmgraftError
-from vmgraft.vmmhost.core.contract import GuestMemory
-from vmgraft.vmmhost.layer.abi import MASK32, MASK64, MIN_TICK_NS, Event, Hook
+from vmgraft.vmmhost.core.services import ROOM, Answer, Service, problem
+from vmgraft.vmmhost.layer.abi import MASK32, MASK64, MIN_TICK_NS, PASS, Event, Hook
 from vmgraft.vmmhost.layer.faults import FaultKind, WorkerFaultError
-from vmgraft.vmmhost.layer.link import LinkEvents, Ready, WorkerLink, check_isolation, printable
+from vmgraft.vmmhost.layer.filters import worker_filter
+from vmgraft.vmmhost.layer.irqlines import IrqLines
+from vmgraft.vmmhost.layer.link import WorkerLink, printable
+from vmgraft.vmmhost.layer.linkevents import LinkEvents
+from vmgraft.vmmhost.layer.meter import Meter
 from vmgraft.vmmhost.layer.protocol import Kind
+from vmgraft.vmmhost.layer.readiness import Ready, check_isolation
 from vmgraft.vmmhost.layer.spec import ExtensionSpec, FaultAction
+from vmgraft.vmmhost.layer.store import METRIC_NAMES, KvStore
+from vmgraft.vmmhost.layer.surroundings import Surroundings
 from vmgraft.vmmhost.layer.wasmcheck import check_bounds
 from vmgraft.vmmhost.layer.zygote import Zygote
 
 #: Calls that may come at once before `callsPerSecond` slows them down, as a share of a second.
 _BURST_SECONDS: Final = 0.1
 _LONGEST_DELAY: Final = 1.0
-
-Audit = Callable[[str, dict[str, Any]], None]
+# Members of an enumeration take long to look up, measured against all else that an access costs here.
+_PIO_READ: Final = (Hook.PIO_READ, Kind.CALL_PIO_READ)
+_PIO_WRITE: Final = (Hook.PIO_WRITE, Kind.CALL_PIO_WRITE)
+_MMIO_READ: Final = (Hook.MMIO_READ, Kind.CALL_MMIO_READ)
+_MMIO_WRITE: Final = (Hook.MMIO_WRITE, Kind.CALL_MMIO_WRITE)
 
 
 class State(StrEnum):
@@ -37,33 +46,6 @@ class State(StrEnum):
     RUNNING = "running"
     DETACHED = "detached"  #: gone by a forgiven fault
     STOPPED = "stopped"  #: gone by a fault that stopped the guest
-
-
-@dataclass(frozen=True, slots=True)
-class Surroundings:
-    """What every extension of a machine shares.
-
-    Attributes:
-        memory: Guest RAM.
-        audit: Takes (event, fields) for the audit log.
-        stop: Asks the machine to stop, with a reason.
-        clock: Virtual nanoseconds since boot.
-        seed: None for real randomness; bytes for runs that can be repeated.
-        start_seconds: Wall-clock time for a worker to get ready.
-        compile_cpu_seconds: CPU time of it that compiling may use.
-        time_left: Wall-clock seconds until the machine is stopped anyway.
-        cpu: Processor to keep the workers on, or None. On the vCPU thread's own a call takes a third of the time.
-    """
-
-    memory: GuestMemory
-    audit: Audit
-    stop: Callable[[str], None]
-    clock: Callable[[], int]
-    seed: bytes | None = None
-    start_seconds: float = 15.0
-    compile_cpu_seconds: int = 10
-    time_left: Callable[[], float] = lambda: math.inf
-    cpu: int | None = None
 
 
 @dataclass(slots=True)
@@ -85,16 +67,27 @@ class ExtensionProxy:
         spec: The extension.
         zygote: Where workers come from.
         around: Guest memory, audit log, stop switch and clock.
+        store: Keys and values to go on with; None for none.
     """
 
-    def __init__(self, spec: ExtensionSpec, zygote: Zygote, around: Surroundings) -> None:
+    def __init__(self, spec: ExtensionSpec, zygote: Zygote, around: Surroundings, store: KvStore | None = None) -> None:
+        if spec.min_isolation < around.min_isolation:
+            spec = replace(spec, min_isolation=around.min_isolation)
         self.spec, self._zygote, self._around = spec, zygote, around
         self.state = State.NEW
         self.ready: Ready | None = None
-        self.counters = Counters()
-        self._hooks = Hook(0)
+        self.counters, self.meter = Counters(), Meter()
+        self._exports = frozenset[Hook]()
         self._link: WorkerLink | None = None
-        self._events = LinkEvents(self._log, spec.limits.log_bytes)
+        #: Its place among those asked before one service.
+        self.rank = 0
+        self.store = KvStore() if store is None else store
+        self.irqs = IrqLines()
+        self._events = LinkEvents(
+            self._log, spec.limits.log_bytes, on_irq=self.irqs.set, store=self.store, on_metrics_full=self._metrics_full,
+            on_fuel=self.meter.burn,
+        )
+        self._metrics_over = False
         self._interval = 1.0 / spec.limits.calls_per_second
         self._next_call = 0.0
         self._next_tick: int | None = None
@@ -112,9 +105,9 @@ class ExtensionProxy:
             HostError: no worker can be started, or its isolation is below what the policy demands.
             ExtensionFaultError: the extension failed at the start and ``on_fault`` does not forgive it.
         """
-        check_bounds(self.spec.module, file=self.spec.id)
         self._start_by = time.monotonic() + self._around.start_seconds
         try:
+            check_bounds(self.spec.module, file=self.spec.id)
             self._launch()
         except WorkerFaultError as fault:
             self._handle(fault, starting=True)
@@ -136,7 +129,7 @@ class ExtensionProxy:
             self._record("extension-end", state=self.state.value, **self.summary())
 
     def summary(self) -> dict[str, Any]:
-        """Return the counters: calls, refused writes, faults, restarts, delays and log lines."""
+        """Return the counters: calls, refused writes, faults, restarts, delays and log lines; and what it reported."""
         count = self.counters
         return {
             "calls": count.calls,
@@ -145,12 +138,19 @@ class ExtensionProxy:
             "restarts": count.restarts,
             "delayedMs": round(count.delayed_seconds * 1000),
             "logLines": count.log_lines,
+            "latencyMicroseconds": self.meter.microseconds(),
+            "fuel": self.meter.fuel(),
+            "metrics": dict(self._events.metrics.values),
         }
 
     @property
     def pid(self) -> int | None:
         """PID of the worker, or None when there is none."""
         return None if self._link is None else self._link.pid
+
+    def has(self, hook: Hook) -> bool:
+        """Say whether there is a worker whose module has this export."""
+        return self.state is State.RUNNING and hook in self._exports
 
     def _launch(self) -> None:
         around = self._around
@@ -160,12 +160,15 @@ class ExtensionProxy:
             with contextlib.suppress(OSError):  # a processor that is not ours to use only costs time
                 os.sched_setaffinity(process.pid, {around.cpu})
         self._events.tick_ns, self._events.stop_asked, self._next_tick = None, False, None
-        link = self._link = WorkerLink(self.spec, process, self._zygote, around.memory, self._events)
+        link = self._link = WorkerLink(
+            self.spec, process, self._zygote, around.memory, self._events, map_windows=around.map_windows
+        )
         ready = link.start(self._seed(), seconds, around.compile_cpu_seconds)
         check_isolation(self.spec, ready)
-        self.ready, self._hooks = ready, ready.hooks
+        self.ready, self._exports = ready, frozenset(ready.hooks)
         self._record(
             "extension-start", pid=link.pid, isolation=ready.level, mechanisms=ready.mechanisms.names(),
+            seen=ready.views.names(), unseen=ready.unseen.names(), seccomp=worker_filter(),
             hooks=[hook.name.lower() for hook in Hook if hook in ready.hooks and hook.name],
             fastCalls=ready.fast, startMs=round((time.monotonic() - began) * 1000, 1),
         )  # fmt: skip
@@ -182,27 +185,48 @@ class ExtensionProxy:
         identity = f"{self.spec.id} {self.counters.restarts}".encode()
         return hashlib.sha256(b"vmgraft worker seed\0" + self._around.seed + b"\0" + identity).digest()
 
+    # --- services ---
+
+    def serve(self, service: Service, a0: int, a1: int, data: bytes) -> Answer | None:
+        """Answer for a default service, or pass with None (core contract ``ServiceHandler``)."""
+        reply = self.exchange(
+            Hook.SERVICE, Kind.CALL_SERVICE, size=service, address=a0, value=a1, data=data, room=ROOM[service]
+        )
+        if reply is None or reply[0] == PASS:
+            return None
+        answer = Answer(*reply)
+        wrong = problem(service, a0, answer)
+        if wrong is None:
+            return answer
+        self.broke(wrong)
+        return None
+
+    def broke(self, detail: str) -> ExtensionFaultError:
+        """Punish an answer out of its range, and return what to raise about it."""
+        self._handle(WorkerFaultError(FaultKind.ANSWER, detail), starting=False)
+        return ExtensionFaultError(detail, file=self.spec.id)
+
     # --- what the guest does ---
 
     def pio_read(self, port: int, size: int) -> int:
         """Answer a read of ``size`` bytes from an absolute port."""
         ones = (1 << 8 * size) - 1
-        value = self._call(Hook.PIO_READ, Kind.CALL_PIO_READ, address=port, size=size)
+        value = self._call(*_PIO_READ, address=port, size=size)
         return ones if value is None else value & ones
 
     def pio_write(self, port: int, size: int, value: int) -> None:
         """Take a write to an absolute port."""
-        self._write(self._call(Hook.PIO_WRITE, Kind.CALL_PIO_WRITE, address=port, size=size, value=value))
+        self._write(self._call(*_PIO_WRITE, address=port, size=size, value=value))
 
     def mmio_read(self, gpa: int, size: int) -> int:
         """Answer a read of ``size`` bytes at a guest-physical address."""
         ones = (1 << 8 * size) - 1
-        value = self._call(Hook.MMIO_READ, Kind.CALL_MMIO_READ, address=gpa, size=size)
+        value = self._call(*_MMIO_READ, address=gpa, size=size)
         return ones if value is None else value & ones
 
     def mmio_write(self, gpa: int, size: int, value: int) -> None:
         """Take a write to a guest-physical address."""
-        self._write(self._call(Hook.MMIO_WRITE, Kind.CALL_MMIO_WRITE, address=gpa, size=size, value=value))
+        self._write(self._call(*_MMIO_WRITE, address=gpa, size=size, value=value))
 
     def hypercall(self, number: int, args: tuple[int, int, int, int]) -> int:
         """Answer a hypercall; all ones where nobody does."""
@@ -229,28 +253,58 @@ class ExtensionProxy:
         args: tuple[int, int, int, int] = (0, 0, 0, 0),
     ) -> int | None:  # fmt: skip
         link = self._link
-        if link is None or self.state is not State.RUNNING or hook not in self._hooks:
+        if link is None or hook not in self._exports:
             return None
         self._throttle()
         self.counters.calls += 1
+        began = time.monotonic_ns()
         try:
             result = link.call(kind, self._around.clock(), address=address, size=size, value=value, args=args)
         except WorkerFaultError as fault:
             self._handle(fault, starting=False)
             return None
         except BaseException:
-            # Interrupted between question and answer: the two sides no longer agree on whose turn it is.
-            self._drop_worker()
-            self.state = State.DETACHED
+            self._abandon()
             raise
+        self.meter.add(time.monotonic_ns() - began)
         self._after_call()
         return result
 
+    def exchange(
+        self, hook: Hook, kind: Kind, *, address: int = 0, size: int = 0, value: int = 0, data: bytes = b"",
+        room: int = 0,
+    ) -> tuple[int, bytes] | None:  # fmt: skip
+        """Make a call that carries data; None where nobody answers (`WorkerLink.exchange`)."""
+        link = self._link
+        if link is None or hook not in self._exports:
+            return None
+        self._throttle()
+        self.counters.calls += 1
+        now, began = self._around.clock(), time.monotonic_ns()
+        try:
+            result = link.exchange(kind, now, address=address, size=size, value=value, data=data, room=room)
+        except WorkerFaultError as fault:
+            self._handle(fault, starting=False)
+            return None
+        except BaseException:
+            self._abandon()
+            raise
+        self.meter.add(time.monotonic_ns() - began)
+        self._after_call()
+        return result
+
+    def _abandon(self) -> None:
+        """Interrupted between question and answer: the two sides no longer agree on whose turn it is."""
+        self._drop_worker()
+        self.state = State.DETACHED
+
     def _throttle(self) -> None:
         """Delay a call that comes before its time: a device under load is slow, it does not lose accesses."""
-        now = time.monotonic()
-        early = self._next_call - now
-        self._next_call = max(self._next_call, now) + self._interval
+        now, due = time.monotonic(), self._next_call
+        if due <= now:
+            self._next_call = now + self._interval
+            return
+        self._next_call, early = due + self._interval, due - now
         if early > _BURST_SECONDS:
             if not self.counters.delayed_seconds:
                 self._record("quota", quota="callsPerSecond", limit=self.spec.limits.calls_per_second, action="delay")
@@ -277,6 +331,11 @@ class ExtensionProxy:
         self._record("log", text=printable(line))
         if over:
             self._record("quota", quota="logBytes", limit=self.spec.limits.log_bytes, action="drop")
+
+    def _metrics_full(self) -> None:
+        if not self._metrics_over:
+            self._metrics_over = True
+            self._record("quota", quota="metrics", limit=METRIC_NAMES, action="drop")
 
     # --- faults ---
 
@@ -323,41 +382,10 @@ class ExtensionProxy:
 
     def _drop_worker(self) -> None:
         link, self._link = self._link, None
-        self._hooks, self._next_tick = Hook(0), None
+        self._exports, self._next_tick = frozenset(), None
+        self.irqs.drop()
         if link is not None and not link.kill():
             self._record("fault", kind=FaultKind.DEADLINE.value, detail="the worker outlives SIGKILL", action="leave")
 
     def _record(self, event: str, **fields: Any) -> None:
         self._around.audit(event, {"id": self.spec.id, "version": self.spec.version, **fields})
-
-
-@dataclass(frozen=True, slots=True)
-class PioView:
-    """One claimed port range of an extension, seen by offsets (core contract ``PioHandler``)."""
-
-    proxy: ExtensionProxy
-    first: int
-
-    def pio_read(self, offset: int, size: int) -> int:
-        """Answer a read."""
-        return self.proxy.pio_read(self.first + offset, size)
-
-    def pio_write(self, offset: int, size: int, value: int) -> None:
-        """Take a write."""
-        self.proxy.pio_write(self.first + offset, size, value)
-
-
-@dataclass(frozen=True, slots=True)
-class MmioView:
-    """One claimed address range of an extension, seen by offsets (core contract ``MmioHandler``)."""
-
-    proxy: ExtensionProxy
-    base: int
-
-    def mmio_read(self, offset: int, size: int) -> int:
-        """Answer a read."""
-        return self.proxy.mmio_read(self.base + offset, size)
-
-    def mmio_write(self, offset: int, size: int, value: int) -> None:
-        """Take a write."""
-        self.proxy.mmio_write(self.base + offset, size, value)

@@ -1,4 +1,4 @@
-"""The lock-down of a worker, step by step, and what the privileged host applies to itself. See docs/sandbox.md.
+"""The lock-down of a worker, step by step. See docs/sandbox.md.
 
 Each step that works is one `Mechanism`; one that the kernel lacks or forbids is left out of the result, which lowers
 the isolation level and never hides. Only a policy's minimum decides whether that is good enough.
@@ -7,16 +7,15 @@ the isolation level and never hides. Only a policy's minimum decides whether tha
 from __future__ import annotations
 
 import contextlib
+import mmap
 import os
+import re
 import resource
 import signal
-import sys
-from collections.abc import Iterable
 from enum import IntFlag
 from typing import Final
 
-from vmgraft.errors import HostError
-from vmgraft.vmmhost.layer import landlock, seccomp
+from vmgraft.vmmhost.layer import filters, landlock, seccomp
 from vmgraft.vmmhost.layer.syscalls import (
     CLONE_NEWCGROUP,
     CLONE_NEWIPC,
@@ -31,8 +30,10 @@ from vmgraft.vmmhost.layer.syscalls import (
     Child,
     clone,
     close_all_but,
-    drop_capabilities,
+    empty_bounding_set,
+    keep_capabilities,
     prctl,
+    protect,
     set_exit_handler,
 )
 
@@ -40,6 +41,10 @@ MIB: Final = 1 << 20
 NOBODY: Final = 65534  #: the kernel's overflow uid and gid
 #: Address space of interpreter, engine and compiler, beside the module's own memory.
 BASE_AS_BYTES: Final = 512 * MIB
+_NOFILE: Final = 8
+#: Beginning of a line of /proc/PID/maps about memory that can be written and executed (proc_pid_maps(5)).
+_WRITABLE_CODE: Final = re.compile(rb"^([0-9a-f]+)-([0-9a-f]+) .wx", re.MULTILINE)
+_MAPS_BYTES: Final = 1 << 20
 
 
 class Mechanism(IntFlag):
@@ -64,6 +69,8 @@ class Mechanism(IntFlag):
     NS_CGROUP = 1 << 16
     NS_PID = 1 << 17
     NO_CAPABILITIES = 1 << 18
+    NO_BOUNDING_SET = 1 << 19
+    NO_WRITABLE_CODE = 1 << 20
 
     def names(self) -> list[str]:
         """Return the names as the audit log spells them, such as ``no-new-privs``."""
@@ -79,6 +86,9 @@ NAMESPACES: Final = {
     Mechanism.NS_CGROUP: CLONE_NEWCGROUP,
     Mechanism.NS_PID: CLONE_NEWPID,
 }
+
+#: What a worker can only say once it has compiled its module, and is believed only where it is seen too.
+LATE: Final = Mechanism.SECCOMP | Mechanism.NO_WRITABLE_CODE
 
 _LEVELS: Final = (
     Mechanism.NO_CAPABILITIES | Mechanism.NO_NEW_PRIVS | Mechanism.SECCOMP,
@@ -158,21 +168,25 @@ def _probe(wanted: Mechanism) -> Mechanism:
     return got
 
 
-def lock_down(socket_fd: int, memory_mib: int, namespaces: Mechanism) -> Mechanism:
+def lock_down(socket_fd: int, memory_mib: int, namespaces: Mechanism, maps_fd: int | None = None) -> Mechanism:
     """Apply everything but seccomp to this worker; to be called before it reads its first packet.
 
     Args:
         socket_fd: The one descriptor that stays open.
         memory_mib: Linear memory of the module, on top of `BASE_AS_BYTES`.
         namespaces: What `clone_worker` achieved.
+        maps_fd: A descriptor of this process's own /proc/self/maps, which stays open for `seal_code` to close.
     """
     done = Mechanism.PROCESS | namespaces
-    close_all_but(socket_fd)
+    close_all_but(socket_fd, *(() if maps_fd is None else (maps_fd,)))
     done |= Mechanism.FDS
     os.umask(0o777)
+    with contextlib.suppress(OSError):  # while there is still the right to
+        empty_bounding_set()
+        done |= Mechanism.NO_BOUNDING_SET
     done |= _drop_root(namespaces)
     with contextlib.suppress(OSError):
-        drop_capabilities()
+        keep_capabilities()
         done |= Mechanism.NO_CAPABILITIES
     for option, value, mechanism in (
         (PR_SET_NO_NEW_PRIVS, 1, Mechanism.NO_NEW_PRIVS),
@@ -206,17 +220,21 @@ def _drop_root(namespaces: Mechanism) -> Mechanism:
     return Mechanism.UNPRIVILEGED_UID
 
 
-def _limit(memory_mib: int) -> None:
-    address_space = BASE_AS_BYTES + memory_mib * MIB
-    for what, value in (
-        (resource.RLIMIT_AS, address_space),
-        (resource.RLIMIT_NOFILE, 8),
+def limits(memory_mib: int) -> tuple[tuple[int, int], ...]:
+    """Return a worker's resource limits, as pairs of RLIMIT_* and the most it may have."""
+    return (
+        (resource.RLIMIT_AS, BASE_AS_BYTES + memory_mib * MIB),
+        (resource.RLIMIT_NOFILE, _NOFILE),
         (resource.RLIMIT_NPROC, 0),
         (resource.RLIMIT_CORE, 0),
         (resource.RLIMIT_FSIZE, 0),
         (resource.RLIMIT_MEMLOCK, 0),
         (resource.RLIMIT_MSGQUEUE, 0),
-    ):
+    )
+
+
+def _limit(memory_mib: int) -> None:
+    for what, value in limits(memory_mib):
         resource.setrlimit(what, (value, value))
 
 
@@ -242,6 +260,30 @@ def _landlocked(abi: int) -> Mechanism:
     return done
 
 
+def writable_code(maps: bytes) -> list[tuple[int, int]]:
+    """Return the areas (first byte, length) that a /proc/PID/maps shows to be writable and executable at once."""
+    areas = ((int(found[1], 16), int(found[2], 16)) for found in _WRITABLE_CODE.finditer(maps))
+    return [(first, end - first) for first, end in areas]
+
+
+def seal_code(maps_fd: int) -> Mechanism:
+    """Make all code read-only, what libffi writes for callbacks included, and close the descriptor.
+
+    To be called when every callback is made and before the filter, which allows no change of code any more.
+    """
+    try:
+        maps = b""
+        while len(maps) < _MAPS_BYTES and (piece := os.read(maps_fd, 65536)):
+            maps += piece
+        for first, length in writable_code(maps):
+            protect(first, length, mmap.PROT_READ | mmap.PROT_EXEC)
+    except OSError:
+        return Mechanism(0)
+    finally:
+        os.close(maps_fd)
+    return Mechanism.NO_WRITABLE_CODE if len(maps) < _MAPS_BYTES else Mechanism(0)
+
+
 def install_worker_filter(socket_fd: int, *, kill: bool = True) -> Mechanism:
     """Put the worker's seccomp filter in place: the last step, after compilation and before the module's first code.
 
@@ -252,58 +294,13 @@ def install_worker_filter(socket_fd: int, *, kill: bool = True) -> Mechanism:
     Returns:
         SECCOMP, or nothing where the kernel has no filters or the machine's numbers are not known.
     """
-    action = seccomp.RET_KILL_PROCESS if kill else seccomp.RET_EPERM
     try:
-        seccomp.install(seccomp.allow_only(seccomp.worker_rules(socket_fd), action))
+        if kill and socket_fd == filters.WORKER_FD:
+            program = filters.worker_program()
+        else:
+            action = seccomp.RET_KILL_PROCESS if kill else seccomp.RET_EPERM
+            program = seccomp.allow_only(filters.worker_rules(socket_fd), action)
+        seccomp.install(program)
     except OSError:
         return Mechanism(0)
     return Mechanism.SECCOMP
-
-
-def confine_host(*, read: Iterable[str] = (), write: Iterable[str] = ()) -> list[str]:
-    """Take from the privileged host what it no longer needs once it is set up. Cannot be undone.
-
-    New opens are denied but for the interpreter's own directories (read only: modules are imported late) and the paths
-    named; so are TCP, execve, ptrace, mount, module loading and their like, and core dumps. Call it from a program's
-    main thread, never from a process that goes on to other work.
-
-    Args:
-        read: Further paths that stay readable.
-        write: Paths that stay writable; files in such directories may be made.
-
-    Returns:
-        The names of what was applied: of ``no-new-privs``, ``not-dumpable``, ``no-core``, ``landlock``,
-        ``landlock-net``, ``seccomp``.
-
-    Raises:
-        HostError: the list of paths is not understood by the kernel, and nothing was restricted by Landlock.
-    """
-    done: list[str] = []
-    for option, value, name in (
-        (PR_SET_NO_NEW_PRIVS, 1, "no-new-privs"),
-        (PR_SET_DUMPABLE, 0, "not-dumpable"),
-    ):
-        with contextlib.suppress(OSError):
-            prctl(option, value)
-            done.append(name)
-    with contextlib.suppress(OSError, ValueError):
-        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-        done.append("no-core")
-    done += _landlock_host(read, write)
-    with contextlib.suppress(OSError):
-        seccomp.install(seccomp.deny_only(seccomp.HOST_DENIED))
-        done.append("seccomp")
-    return done
-
-
-def _landlock_host(read: Iterable[str], write: Iterable[str]) -> list[str]:
-    if not landlock.abi_version():
-        return []
-    own = [path for path in (*sys.path, sys.prefix, sys.base_prefix) if os.path.isabs(path)]  # noqa: PTH117 - strings
-    system = ["/usr/lib", "/lib", "/lib64", "/usr/share/zoneinfo", "/dev/urandom", "/proc/self"]
-    try:
-        # The host must be able to kill the zygote, which stays outside: no scope for signals.
-        abi = landlock.restrict(read=[*own, *system, *read], write=[*write, "/dev/null"], scope=False)
-    except OSError as error:
-        raise HostError(f"Landlock refuses: {error.strerror}", hint="check the paths given to confine_host") from error
-    return ["landlock", "landlock-net"] if abi >= 4 else ["landlock"]

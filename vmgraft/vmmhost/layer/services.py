@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from typing import Any, Final, Protocol
 
 from vmgraft.vmmhost.layer.abi import (
     IMPORT_MODULE,
     IMPORTS,
-    MASK64,
-    MAX_ACCESS_BYTES,
     MAX_COPY_BYTES,
+    MAX_KEY_BYTES,
     MAX_LOG_BYTES,
+    MAX_NAME_BYTES,
+    MAX_VALUE_BYTES,
     MIN_LOG_COST,
     Signature,
 )
 from vmgraft.vmmhost.layer.engine import Invoke, Machine, ModuleTrapError
 from vmgraft.vmmhost.layer.protocol import Kind, Setup
+from vmgraft.vmmhost.layer.windows import GuestView
 
 _BLOCK: Final = hashlib.blake2b.MAX_DIGEST_SIZE
 
@@ -27,6 +30,8 @@ class Requests(Protocol):
     def tell(self, kind: Kind, value: int = 0, payload: bytes = b"") -> None: ...  # noqa: D102
     def read_guest(self, gpa: int, length: int) -> bytes: ...  # noqa: D102
     def write_guest(self, gpa: int, data: bytes) -> None: ...  # noqa: D102
+    def get_value(self, key: bytes) -> bytes | None: ...  # noqa: D102
+    def put_value(self, key: bytes, value: bytes) -> bool: ...  # noqa: D102
 
 
 class RandomStream:
@@ -55,10 +60,17 @@ class Services:
     Args:
         setup: Config text, quota of log bytes and seed.
         requests: The way to the host.
+        view: The guest's memory; None for one that is reached by requests alone.
     """
 
-    def __init__(self, setup: Setup, requests: Requests) -> None:
+    def __init__(self, setup: Setup, requests: Requests, view: GuestView | None = None) -> None:
         self.now = 0
+        #: Data of the call that runs, what the module answers with, and how many bytes of that there may be.
+        self.data, self.answer, self.room = b"", b"", 0
+        #: What ``virtio_kick`` does.
+        self.kick: Callable[[int], None] = lambda _queue: None
+        self.view = GuestView(setup.windows, {}, requests) if view is None else view
+        self._irqs = setup.irqs
         self._config = setup.config
         self._log_left = setup.log_bytes
         self._source = RandomStream(setup.seed)
@@ -73,6 +85,10 @@ class Services:
     def connect(self, machine: Machine, memory: Any) -> None:
         """Tell where the module's memory is, once it is instantiated; None if it has none."""
         self._machine, self._memory = machine, memory
+
+    def fuel_used(self) -> int:
+        """Return the fuel that the last call used."""
+        return 0 if self._machine is None else self._machine.fuel_used()
 
     def _load(self, pointer: int, length: int) -> bytes:
         self._check(pointer, length)
@@ -124,16 +140,51 @@ class Services:
     def _guest_read(self, gpa: int, pointer: int, length: int) -> int:
         count = self._copy_length(length)
         self._check(pointer, count)
-        for at in range(0, count, MAX_ACCESS_BYTES):
-            step = min(MAX_ACCESS_BYTES, count - at)
-            self._save(pointer + at, self._requests.read_guest((gpa + at) & MASK64, step))
+        self._save(pointer, self.view.read(gpa, count))
         return 0
 
     def _guest_write(self, gpa: int, pointer: int, length: int) -> int:
-        data = self._load(pointer, self._copy_length(length))
-        for at in range(0, len(data), MAX_ACCESS_BYTES):
-            self._requests.write_guest((gpa + at) & MASK64, data[at : at + MAX_ACCESS_BYTES])
+        self.view.write(gpa, self._load(pointer, self._copy_length(length)))
         return 0
+
+    def _get_buffer(self, offset: int, pointer: int, length: int) -> int:
+        chunk = self.data[offset : offset + length]
+        self._save(pointer, chunk)
+        return len(chunk)
+
+    def _set_buffer(self, pointer: int, length: int) -> None:
+        if length > self.room:
+            raise ModuleTrapError(f"{length} bytes are more than the {self.room} that this call's answer has room for")
+        self.answer = self._load(pointer, length)
+
+    def _irq(self, line: int, level: int) -> None:
+        if line > 15 or not self._irqs >> line & 1:
+            raise ModuleTrapError(f"interrupt line {line} is not granted")
+        self._requests.tell(Kind.IRQ, line << 1 | (level != 0))
+
+    def _kv_get(self, key: int, key_length: int, pointer: int, length: int) -> int:
+        value = self._requests.get_value(self._name(key, key_length, MAX_KEY_BYTES))
+        if value is None:
+            return -1
+        self._save(pointer, value[:length])
+        return len(value)
+
+    def _kv_put(self, key: int, key_length: int, pointer: int, length: int) -> int:
+        if length > MAX_VALUE_BYTES:
+            return -1
+        name = self._name(key, key_length, MAX_KEY_BYTES)
+        return 0 if self._requests.put_value(name, self._load(pointer, length)) else -1
+
+    def _metric(self, pointer: int, length: int, value: int) -> None:
+        self._requests.tell(Kind.METRIC, value, self._name(pointer, length, MAX_NAME_BYTES))
+
+    def _virtio_kick(self, queue: int) -> None:
+        self.kick(queue)
+
+    def _name(self, pointer: int, length: int, most: int) -> bytes:
+        if not 1 <= length <= most:
+            raise ModuleTrapError(f"a name or key of {length} bytes, where 1 to {most} are allowed")
+        return self._load(pointer, length)
 
     @staticmethod
     def _copy_length(length: int) -> int:

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 from vmgraft.errors import UsageError
+from vmgraft.vmmhost.core.services import SERVICES
+from vmgraft.vmmhost.layer.virtioshape import BLOCK_BYTES, VirtioShape
 
 MIB = 1 << 20
 MAX_CONFIG_BYTES = 4096  #: schema ``manifest``, ``config``
@@ -125,13 +127,28 @@ class GuestWindow:
 
 
 @dataclass(frozen=True, slots=True)
+class ServiceUse:
+    """A default service that the extension takes over, or with ``chain`` is asked before; see ``core.services``."""
+
+    name: str
+    chain: bool = False
+
+    def __post_init__(self) -> None:
+        if self.name not in SERVICES:
+            raise UsageError(f"{self.name!r} is no service", field="service", hint=f"there are {', '.join(SERVICES)}")
+
+
+@dataclass(frozen=True, slots=True)
 class ExtensionSpec:
     """One extension as it may run: verified module, effective (declared and granted) claims, limits.
 
     Attributes:
         config: UTF-8 text from the manifest, at most 4096 bytes.
         on_fault: ``stop``, ``detach`` or ``restart(n)``.
-        log, now, random, tick, stop: The capabilities of these names.
+        log, now, random, tick, stop, kv, metric: The capabilities of these names.
+        irqs: ISA interrupt lines it may drive.
+        services: Default services it serves, each name at most once.
+        virtio: The virtio device that it is, inside its own claims; None for none.
         min_isolation: Refuse to start below this level (docs/sandbox.md).
 
     Raises:
@@ -154,15 +171,39 @@ class ExtensionSpec:
     tick: bool = False
     stop: bool = False
     min_isolation: int = 0
+    kv: bool = False
+    metric: bool = False
+    irqs: tuple[int, ...] = ()
+    services: tuple[ServiceUse, ...] = ()
+    virtio: VirtioShape | None = None
 
     def __post_init__(self) -> None:
         _between("id", len(self.id.encode()), 1, 128)
         _between("config", len(self.config), 0, MAX_CONFIG_BYTES)
-        _between(
-            "capabilities", len(self.pio) + len(self.mmio) + len(self.hypercalls) + len(self.windows), 0, MAX_RANGES
-        )
+        claims = (self.pio, self.mmio, self.hypercalls, self.windows, self.irqs, self.services)
+        _between("capabilities", sum(map(len, claims)), 0, MAX_RANGES)
+        for line in self.irqs:
+            _between("irq", line, 0, 15)
+        names = [use.name for use in self.services]
+        if len(set(names)) < len(names):
+            raise UsageError("one service is there twice", field="service")
         _between("isolation", self.min_isolation, 0, 3)
         OnFault.parse(self.on_fault)
+        if self.virtio is not None:
+            self._check_virtio(self.virtio)
+
+    def _check_virtio(self, shape: VirtioShape) -> None:
+        """Hold a virtio device against what the extension may have."""
+        problem = shape.problem()
+        first, end = shape.base, shape.base + BLOCK_BYTES
+        if problem is None and not any(area.base <= first and end <= area.base + area.size for area in self.mmio):
+            problem = f"the registers at {first:#x} are not inside a granted MMIO range of {BLOCK_BYTES} bytes"
+        if problem is None and shape.irq not in self.irqs:
+            problem = f"interrupt line {shape.irq} is not granted"
+        if problem is None and not any(window.writable for window in self.windows):
+            problem = "there is no writable window of guest memory for its queues"
+        if problem is not None:
+            raise UsageError(f"virtio: {problem}", file=self.id, field="virtio")
 
     @property
     def fault(self) -> OnFault:

@@ -26,8 +26,12 @@ CLONE_NEWNET: Final = 0x4000_0000
 PR_SET_PDEATHSIG: Final = 1  # linux/prctl.h
 PR_SET_DUMPABLE: Final = 4
 PR_SET_SECCOMP: Final = 22
+PR_CAPBSET_READ: Final = 23
+PR_CAPBSET_DROP: Final = 24
 PR_SET_NO_NEW_PRIVS: Final = 38
 SECCOMP_MODE_FILTER: Final = 2  # linux/seccomp.h
+SECCOMP_SET_MODE_FILTER: Final = 1
+SECCOMP_FILTER_FLAG_TSYNC: Final = 1
 
 #: Landlock has one set of numbers on every architecture (asm-generic/unistd.h).
 SYS_LANDLOCK_CREATE_RULESET: Final = 444
@@ -37,6 +41,7 @@ SYS_CLOSE_RANGE: Final = 436
 
 _CAPABILITY_VERSION_3: Final = 0x2008_0522  # linux/capability.h
 _SYS_CLONE: Final = {"x86_64": 56, "aarch64": 220}
+_SYS_SECCOMP: Final = {"x86_64": 317, "aarch64": 277}
 
 # PyDLL keeps the interpreter lock during the call, which a child made by clone needs: it finds the lock held by itself.
 _LIBC: Final = ctypes.PyDLL(None, use_errno=True)
@@ -104,16 +109,16 @@ def clone(namespaces: int) -> Child | None:
     return Child(pid, pidfd[0]) if pid else None
 
 
-def close_all_but(keep: int) -> None:
-    """Close every descriptor of this process but ``keep``."""
-    highest = 2**31 - 1
-    for first, last in ((0, keep - 1), (keep + 1, highest)):
-        if first > last:
-            continue
-        try:
-            syscall(SYS_CLOSE_RANGE, first, last, 0)
-        except OSError:  # before Linux 5.9
-            _close_listed(first, last)
+def close_all_but(*keep: int) -> None:
+    """Close every descriptor of this process but those named."""
+    first = 0
+    for last in (*(fd - 1 for fd in sorted(keep)), 2**31 - 1):
+        if first <= last:
+            try:
+                syscall(SYS_CLOSE_RANGE, first, last, 0)
+            except OSError:  # before Linux 5.9
+                _close_listed(first, last)
+        first = last + 2
 
 
 def _close_listed(first: int, last: int) -> None:
@@ -124,16 +129,64 @@ def _close_listed(first: int, last: int) -> None:
                 os.close(fd)
 
 
-def drop_capabilities() -> None:
-    """Empty the effective, permitted and inheritable sets with capset(2).
+def empty_bounding_set() -> None:
+    """Take every capability out of the bounding set, so that no program file can bring one back (capabilities(7)).
+
+    Raises:
+        OSError: the kernel refuses: this process has no right to.
+    """
+    for number in range(64):
+        try:
+            prctl(PR_CAPBSET_DROP, number)
+        except OSError as error:
+            if error.errno == errno.EINVAL and number:  # the kernel knows no more
+                return
+            raise
+
+
+def keep_capabilities(kept: int = 0) -> None:
+    """Leave of the effective and permitted sets what is in the mask ``kept``; empty the inheritable one (capset(2)).
 
     Raises:
         OSError: the kernel refuses.
     """
     header = ctypes.create_string_buffer(struct.pack("@Ii", _CAPABILITY_VERSION_3, 0), 8)
-    if _LIBC.capset(header, ctypes.create_string_buffer(24)):
+    sets = ctypes.create_string_buffer(24)  # twice effective, permitted, inheritable: low halves, then high ones
+    if not _LIBC.capget(header, sets):
+        low, _, _, high, _, _ = struct.unpack("@6I", sets.raw)
+        low, high = low & kept, high & kept >> 32
+        sets.raw = struct.pack("@6I", low, low, 0, high, high, 0)
+    if _LIBC.capset(header, sets):
         code = ctypes.get_errno()
         raise OSError(code, f"capset: {os.strerror(code)}")
+
+
+def filter_every_thread(program: ctypes._CArgObject) -> None:
+    """Put a seccomp filter (``struct sock_fprog``) on every thread of this process (seccomp(2), TSYNC).
+
+    Raises:
+        OSError: the kernel refuses, or a thread has a filter of its own.
+    """
+    number = _SYS_SECCOMP.get(platform.machine())
+    if number is None:
+        raise OSError(errno.ENOSYS, f"the number of seccomp is not known for {platform.machine()}")
+    ctypes.set_errno(0)
+    flags = ctypes.c_long(SECCOMP_FILTER_FLAG_TSYNC)
+    result = int(_syscall(ctypes.c_long(number), ctypes.c_long(SECCOMP_SET_MODE_FILTER), flags, program))
+    if result:  # a positive one is the thread that could not follow
+        code = ctypes.get_errno() or errno.ESRCH
+        raise OSError(code, f"seccomp: {os.strerror(code)}")
+
+
+def protect(address: int, length: int, protection: int) -> None:
+    """Call mprotect(2).
+
+    Raises:
+        OSError: the kernel refuses.
+    """
+    if _LIBC.mprotect(ctypes.c_void_p(address), ctypes.c_size_t(length), ctypes.c_int(protection)):
+        code = ctypes.get_errno()
+        raise OSError(code, f"mprotect: {os.strerror(code)}")
 
 
 def set_exit_handler(number: int) -> None:

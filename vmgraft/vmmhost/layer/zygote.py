@@ -16,6 +16,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Self
@@ -23,10 +24,13 @@ from typing import Final, Self
 import vmgraft
 from vmgraft.errors import HostError
 from vmgraft.vmmhost.layer.sandbox import Mechanism
-from vmgraft.vmmhost.layer.zygote_main import CONTROL_BYTES, EXITED, FAILED, HELLO, SPAWN, SPAWNED
+from vmgraft.vmmhost.layer.sight import SIGHT_BYTES, Sight, pack_inodes
+from vmgraft.vmmhost.layer.zygote_main import CONTROL_BYTES, EXITED, FAILED, HELLO, LOOK, SEEN, SPAWN, SPAWNED
 
 READY_SECONDS: Final = 30.0
 CLOSE_SECONDS: Final = 5.0
+#: Wait statuses kept of workers that have ended.
+_EXITS_KEPT: Final = 256
 _BOOT: Final = (
     "import json, sys; sys.path[:] = json.loads(sys.argv[3]); "
     "from vmgraft.vmmhost.layer.zygote_main import main; main(int(sys.argv[1]), int(sys.argv[2]))"
@@ -148,7 +152,28 @@ class Zygote:
             hint = known if code == errno.ENOSYS else "check the limits of processes and open files"
             raise HostError(f"no worker can be started: {os.strerror(code)}", hint=hint)
         _letter, pid, namespaces = SPAWNED.unpack(packet)
+        self._exits.pop(pid, None)  # of another that had this number before
         return WorkerProcess(pid, fds[0], ours, Mechanism(namespaces))
+
+    def look(self, pid: int, seconds: float = READY_SECONDS, windows: Sequence[int] = ()) -> Sight:
+        """Return what the zygote sees of a worker; nothing of one that has ended.
+
+        Args:
+            pid: The worker.
+            seconds: How long this may take.
+            windows: Inodes of the windows of guest memory that were handed to it: the only memory files it may map.
+
+        Raises:
+            HostError: the zygote is gone.
+        """
+        try:
+            self._control.send(LOOK.pack(b"L", pid, len(windows)) + pack_inodes(windows))
+            packet, fds = self._reply(time.monotonic() + seconds)
+        except OSError as error:
+            raise HostError(f"the zygote does not answer: {error.strerror or error}") from error
+        if len(packet) != 1 + SIGHT_BYTES or packet[:1] != SEEN or fds:
+            raise HostError("the zygote speaks out of turn")
+        return Sight.unpack(packet[1:])
 
     def exit_status(self, pid: int, seconds: float) -> int | None:
         """Return the wait status of a worker that has ended, or None if it is not reported in time."""
@@ -188,6 +213,8 @@ class Zygote:
             return False
         _letter, pid, status = EXITED.unpack(packet)
         self._exits[pid] = status
+        if len(self._exits) > _EXITS_KEPT:  # of those whom nobody asks about, the oldest
+            del self._exits[next(iter(self._exits))]
         return True
 
     def _receive(self, deadline: float) -> tuple[bytes, list[int]]:

@@ -1,6 +1,7 @@
 """The zygote process: loads the engine once, forks workers on request, reaps them. It never sees a module.
 
 Control packets: ``S`` + memory MiB with a worker's socket → ``P`` + PID + namespaces with the pidfd, or ``E`` + errno;
+``L`` + PID + inodes of its windows → ``V`` + what is seen of that worker (`sight`);
 ``X`` + PID + wait status whenever a worker has ended; ``H`` + fast at the start.
 """
 
@@ -15,15 +16,19 @@ import socket
 import struct
 from typing import Final
 
+from vmgraft.vmmhost.layer import filters, seccomp
 from vmgraft.vmmhost.layer.sandbox import choose_namespaces, clone_worker
+from vmgraft.vmmhost.layer.sight import MAX_INODES, Sight, look, unpack_inodes
 from vmgraft.vmmhost.layer.syscalls import PR_SET_DUMPABLE, PR_SET_NO_NEW_PRIVS, PR_SET_PDEATHSIG, prctl
 
 HELLO: Final = struct.Struct("<cB")
 SPAWN: Final = struct.Struct("<cI")
+LOOK: Final = struct.Struct("<ciB")
+SEEN: Final = b"V"
 SPAWNED: Final = struct.Struct("<ciI")
 FAILED: Final = struct.Struct("<ci")
 EXITED: Final = struct.Struct("<cii")
-CONTROL_BYTES: Final = 64
+CONTROL_BYTES: Final = 64 + 8 * MAX_INODES
 
 
 def main(control_fd: int, parent: int) -> None:
@@ -52,6 +57,8 @@ class _Zygote:
     def serve(self) -> None:
         from vmgraft.vmmhost.layer import worker  # noqa: F401 - loaded once, for every child
 
+        if seccomp.supported():
+            filters.worker_program()  # assembled once, for every child
         gc.collect()
         gc.freeze()
         try:
@@ -76,9 +83,14 @@ class _Zygote:
 
     def _request(self) -> bool:
         packet, fds, _flags, _address = socket.recv_fds(self.control, CONTROL_BYTES, 1)
-        if not packet:
-            return False
-        if len(packet) != SPAWN.size or len(fds) != 1:
+        if len(packet) >= LOOK.size and packet[:1] == b"L" and not fds:
+            _letter, pid, count = LOOK.unpack_from(packet)
+            windows = unpack_inodes(packet[LOOK.size :])
+            known = pid in self.children.values() and count == len(windows)
+            sight = look(pid, windows) if known else Sight()
+            self.control.send(SEEN + sight.pack())
+            return True
+        if len(packet) != SPAWN.size or packet[:1] != b"S" or len(fds) != 1:
             return False
         _letter, memory_mib = SPAWN.unpack(packet)
         self._spawn(fds[0], memory_mib)

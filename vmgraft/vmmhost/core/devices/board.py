@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Final
 
-from vmgraft.vmmhost.core.contract import EndReason
+from vmgraft.vmmhost.core.contract import EndReason, PioHandler
 from vmgraft.vmmhost.core.portmap import CORE_PORTS
 
 Stop = Callable[[EndReason, str], None]
@@ -161,3 +161,18 @@ class Crtc:
                 self._registers[self._index] = value >> 8 & 0xFF
         elif offset == 1:
             self._registers[self._index] = value & 0xFF
+
+
+class Shifted:
+    """Shows a device at a second port as a higher offset."""
+
+    def __init__(self, device: PioHandler, offset: int) -> None:
+        self._device, self._offset = device, offset
+
+    def pio_read(self, offset: int, size: int) -> int:
+        """Read the device."""
+        return self._device.pio_read(offset + self._offset, size)
+
+    def pio_write(self, offset: int, size: int, value: int) -> None:
+        """Write the device."""
+        self._device.pio_write(offset + self._offset, size, value)

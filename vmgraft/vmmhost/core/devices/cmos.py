@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import calendar
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Final
+
+from vmgraft.vmmhost.core.services import ServiceTable
 
 _INDEX_MASK: Final = 0x7F
 #: Registers A-D: oscillator on at 32 kHz; 24-hour BCD; nothing pending; battery good.
 _REGISTER_A: Final = 0x26
 _REGISTER_B: Final = 0x02
 _REGISTER_D: Final = 0x80
+#: Registers that tell the time of day: seconds to year, and the century (register 32h, as ACPI firmware keeps it).
+_CLOCK_REGISTERS: Final = frozenset((0x00, 0x02, 0x04, 0x06, 0x07, 0x08, 0x09, 0x32))
 
 
 def bcd(value: int) -> int:
@@ -26,9 +30,13 @@ class Cmos:
         clock: Virtual nanoseconds since boot.
         epoch: Seconds since 1970 (UTC) at boot.
         ram_size: Bytes of RAM, told in the usual memory-size registers.
+        services: The machine's services, of which ``rtc`` has the last word on the time; None for the default.
     """
 
-    def __init__(self, clock: Callable[[], int], epoch: int, ram_size: int) -> None:
+    def __init__(
+        self, clock: Callable[[], int], epoch: int, ram_size: int, services: ServiceTable | None = None
+    ) -> None:
+        self._services = services or ServiceTable()
         self._clock, self._epoch, self._index = clock, epoch, 0
         self._store = bytearray(128)
         extended = min(0xFFFF, (ram_size - (1 << 20)) >> 10)
@@ -37,9 +45,20 @@ class Cmos:
             self._store[register : register + 2] = value.to_bytes(2, "little")
         self._store[0x0A], self._store[0x0B], self._store[0x0D] = _REGISTER_A, _REGISTER_B, _REGISTER_D
 
+    def set_floppies(self, types: Sequence[int], equipment: int) -> None:
+        """Tell which floppy drives there are (PC/AT technical reference, CMOS 10h, 14h and the checksum at 2Eh).
+
+        Args:
+            types: Types of the first two: 1 for 360 KB, 2 for 1.2 MB, 3 for 720 KB, 4 for 1.44 MB, 6 for 2.88 MB.
+            equipment: Low byte of the equipment word.
+        """
+        first, second = (*types, 0, 0)[:2]
+        self._store[0x10], self._store[0x14] = first << 4 | second, equipment
+        self._store[0x2E:0x30] = sum(self._store[0x10:0x2E]).to_bytes(2, "big")
+
     def now(self) -> time.struct_time:
         """Return the time of day, UTC."""
-        return time.gmtime(self._epoch + self._clock() // 1_000_000_000)
+        return time.gmtime(self._services.rtc(self._epoch + self._clock() // 1_000_000_000))
 
     def set_time(self, hour: int, minute: int, second: int) -> None:
         """Move the clock to another time of the same day."""
@@ -49,7 +68,7 @@ class Cmos:
     def _shift(self, fields: tuple[int, int, int, int, int, int]) -> None:
         self._epoch = calendar.timegm((*fields, 0, 0, 0)) - self._clock() // 1_000_000_000
 
-    def _clock_register(self, index: int) -> int | None:
+    def _clock_register(self, index: int) -> int:
         now = self.now()
         values = {
             0x00: now.tm_sec,
@@ -61,15 +80,15 @@ class Cmos:
             0x09: now.tm_year % 100,
             0x32: now.tm_year // 100,
         }
-        value = values.get(index)
-        return None if value is None else value if self._store[0x0B] & 4 else bcd(value)
+        return values[index] if self._store[0x0B] & 4 else bcd(values[index])
 
     def pio_read(self, offset: int, size: int) -> int:
         """Read the register chosen by the index port."""
         if offset == 0:
             return 0xFF
-        value = self._clock_register(self._index)
-        return self._store[self._index] if value is None else value
+        if self._index in _CLOCK_REGISTERS:
+            return self._clock_register(self._index)
+        return self._store[self._index]
 
     def pio_write(self, offset: int, size: int, value: int) -> None:
         """Choose a register, or write it; the clock's own registers are not settable here."""

@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.resources import files
 from typing import Final, Protocol
 
-from vmgraft.vmmhost.core.boot import BootPlan
+from vmgraft.vmmhost.core.bootplan import BootPlan
 from vmgraft.vmmhost.core.bus import CORE, Bus
 from vmgraft.vmmhost.core.contract import EndReason, PioEvent
 from vmgraft.vmmhost.core.cpu import Cpu
 from vmgraft.vmmhost.core.devices.cmos import Cmos
-from vmgraft.vmmhost.core.disk import VerifiedDisk
+from vmgraft.vmmhost.core.drives import Disk, Drive
 from vmgraft.vmmhost.core.firmware.call import Call, prepare_memory
 from vmgraft.vmmhost.core.firmware.diskio import DiskServices
 from vmgraft.vmmhost.core.firmware.keyboard import Keyboard
 from vmgraft.vmmhost.core.firmware.system import System
 from vmgraft.vmmhost.core.firmware.video import Video
+from vmgraft.vmmhost.core.loaders.entry import LoadedKernel, enter
 from vmgraft.vmmhost.core.memory import ROM_BASE
 from vmgraft.vmmhost.core.portmap import CORE_PORTS
 
@@ -27,6 +28,9 @@ STUB_SIZE: Final = 16
 _TIMER: Final = 0x08
 #: Faults that no guest handler took: going on would repeat them for ever.
 _FATAL: Final = {0x00: "divide error", 0x06: "invalid instruction", 0x07: "no coprocessor"}
+#: Calls counted by name; guests that make up more of them have the others counted together.
+CALLS_MAX: Final = 1024
+OTHER_CALLS: Final = "other"
 _ENTRY_FLAGS: Final = 0x0202  # interrupts on
 
 
@@ -47,39 +51,47 @@ class Firmware:
     Args:
         cpu: The CPU whose registers carry the calls.
         bus: Gets the trap port and, when tracing, one event a call.
-        disk: The disk behind INT 13h.
+        disk: The boot medium.
         plan: What INT 19h loads.
         cmos: The clock behind INT 1Ah.
         keys: Keys typed in advance.
         host: Stopped on power-off, INT 18h and fatal faults.
         stop_on_key_wait: Stop when the guest waits for a key and the queue is empty.
+        drives: Drives beside the boot medium.
+        kernel: Entered by INT 19h instead of a boot program.
+
+    Raises:
+        UsageError: when there are too many drives.
     """
 
     def __init__(
         self,
         cpu: Cpu,
         bus: Bus,
-        disk: VerifiedDisk,
+        disk: Disk,
         plan: BootPlan,
         cmos: Cmos,
         *,
         keys: str,
         host: Host,
         stop_on_key_wait: bool,
+        drives: Sequence[Drive] = (),
+        kernel: LoadedKernel | None = None,
     ) -> None:
         self._cpu, self._bus, self._disk, self._plan, self._host = cpu, bus, disk, plan, host
+        self.kernel = kernel
         self._stop_on_key_wait = stop_on_key_wait
         self._booted = False
-        #: Calls by "vector/function", and those nobody served.
+        #: Calls by "vector/function", and those nobody served; see CALLS_MAX.
         self.calls: Counter[str] = Counter()
         self.unknown: Counter[str] = Counter()
         cpu.ram.load_rom(rom_image())
         prepare_memory(cpu.ram)
         self.video = Video(cpu.ram)
         self.keyboard = Keyboard(keys)
-        self.system = System(cmos, cpu.now_ns, host.stop)
+        self.system = System(cmos, cpu.now_ns, host.stop, bus.services)
         self.system.seed_ticks(cpu.ram)
-        self.disk_services = DiskServices(disk, plan)
+        self.disk_services = DiskServices(disk, plan, drives, cpu.ram, cmos)
         self._services: dict[int, Callable[[Call], bool]] = {
             0x10: self.video.serve,
             0x11: self.system.serve_11,
@@ -92,6 +104,13 @@ class Firmware:
             0x1A: self.system.serve_1a,
         }
         bus.claim_pio(TRAP_PORT, TRAP_PORT, self, CORE, traced=False)
+
+    def poll(self) -> None:
+        """Nothing to do: keys are taken when the guest asks."""
+
+    def why(self) -> str | None:
+        """Return nothing: what this firmware ends is explained by itself."""
+        return None
 
     def pio_read(self, offset: int, size: int) -> int:
         """Nothing to read at the trap port."""
@@ -116,14 +135,14 @@ class Firmware:
 
     def _serve(self, call: Call, vector: int) -> None:
         name = f"{vector:02x}/{call.ah:02x}"
-        self.calls[name] += 1
+        self.calls[name if name in self.calls or len(self.calls) < CALLS_MAX else OTHER_CALLS] += 1
         if vector in _FATAL:
             ip, cs = call.ram.get(call.frame, 2), call.ram.get(call.frame + 2, 2)
             self._host.stop(EndReason.ERROR, f"{_FATAL[vector]} in the guest at {cs:04x}:{ip:04x}")
             return
         service = self._services.get(vector)
         if service is None or not service(call):
-            self.unknown[name] += 1
+            self.unknown[name if name in self.unknown or len(self.unknown) < CALLS_MAX else OTHER_CALLS] += 1
 
     def _key(self, call: Call) -> bool:
         served = self.keyboard.serve(call)
@@ -141,6 +160,9 @@ class Firmware:
             self._host.stop(EndReason.RESET, "INT 19h: the guest asked to boot again")
             return True
         self._booted = True
+        if self.kernel is not None:
+            enter(self.kernel, call)
+            return True
         plan = self._plan
         call.ram.write(plan.address, self._disk.read(plan.source_offset, plan.size))
         call.ram.put(call.frame, 2, plan.ip)

@@ -122,12 +122,15 @@ class BiosData:
     CRTC_PORT = 0x463
     TICKS = 0x46C
     MIDNIGHT = 0x470
+    FLOPPY_STATUS = 0x441
     DISK_STATUS = 0x474
     DISKS = 0x475
     ROWS = 0x484
     CHAR_HEIGHT = 0x485
     #: Not customary: tells the ROM stub to sleep and ask again.
     WAIT_FLAG = 0x4AC
+    #: Not customary: tells the ROM stub of INT 13h to load ES:DI from vector 1Eh.
+    POINTER_FLAG = 0x4AD
 
 
 def prepare_memory(ram: GuestRam) -> None:
@@ -154,5 +157,4 @@ def prepare_memory(ram: GuestRam) -> None:
         ram.put(address, 2, value)
     ram.put(BiosData.VIDEO_MODE, 1, 3)
     ram.put(BiosData.ROWS, 1, 24)
-    ram.put(BiosData.DISKS, 1, 1)
     ram.put(0x9FC00, 2, 1)

@@ -10,12 +10,11 @@ from vmgraft.vmmhost.core.contract import EndReason
 from vmgraft.vmmhost.core.devices.cmos import Cmos, bcd
 from vmgraft.vmmhost.core.firmware.call import BiosData, Call
 from vmgraft.vmmhost.core.memory import GuestRam
+from vmgraft.vmmhost.core.services import TICKS_PER_DAY, ServiceTable
 
 UNSUPPORTED: Final = 0x86
 SMAP: Final = 0x534D4150
 _E820_ENTRY: Final = struct.Struct("<QQI")
-#: Timer ticks of a day: 24 h at 1193182 / 65536 Hz.
-TICKS_PER_DAY: Final = 0x1800B0
 _PROTECTED_MODE_COPY_MAX: Final = 0x8000  # words, INT 15h AH=87h
 
 
@@ -30,9 +29,17 @@ class System:
         cmos: Time of day.
         clock: Virtual nanoseconds since boot.
         stop: Ends the run.
+        services: The machine's services, of which ``time`` may show another tick count.
     """
 
-    def __init__(self, cmos: Cmos, clock: Callable[[], int], stop: Callable[[EndReason, str], None]) -> None:
+    def __init__(
+        self,
+        cmos: Cmos,
+        clock: Callable[[], int],
+        stop: Callable[[EndReason, str], None],
+        services: ServiceTable | None = None,
+    ) -> None:
+        self._services = services or ServiceTable()
         self._cmos, self._clock, self._stop = cmos, clock, stop
         self._deadline: int | None = None
 
@@ -162,7 +169,7 @@ class System:
         return service is not None
 
     def _ticks(self, call: Call) -> None:
-        ticks = call.ram.get(BiosData.TICKS, 4)
+        ticks = self._services.ticks(call.ram.get(BiosData.TICKS, 4))
         call.cx, call.dx = ticks >> 16, ticks
         call.al = call.ram.get(BiosData.MIDNIGHT, 1)
         call.ram.put(BiosData.MIDNIGHT, 1, 0)

@@ -1,0 +1,99 @@
+"""Stretches of guest RAM that are memory files of their own, so that another process can map one and no more.
+
+The file takes the place of the RAM at the very addresses where the engines expect it: neither KVM, whose slots follow
+the host's page tables, nor the software CPU notices.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import fcntl
+import mmap
+import os
+from dataclasses import dataclass
+from typing import Final
+
+#: Granularity of mappings (Intel SDM vol. 3A, 4.3: 4 KiB pages).
+PAGE: Final = 4096
+#: Name of such files, as /proc/PID/maps shows it.
+NAME: Final = "vmgraft-window"
+_MAP_FIXED: Final = 0x10  # asm-generic/mman-common.h
+#: Nobody may cut the file short under a process that maps it: that would be a SIGBUS there (memfd_create(2)).
+_SEALS: Final = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
+
+_LIBC: Final = ctypes.CDLL(None, use_errno=True)
+_LIBC.mmap.restype = ctypes.c_void_p
+_LIBC.mmap.argtypes = [
+    ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long,
+]  # fmt: skip
+_FAILED: Final = ctypes.c_void_p(-1).value
+
+
+@dataclass(frozen=True, slots=True)
+class _Window:
+    gpa: int
+    size: int
+    fd: int
+
+
+class SharedWindows:
+    """The windows of one machine's RAM.
+
+    Args:
+        area: The mapping of all RAM.
+        address: Where it lies in this process.
+    """
+
+    def __init__(self, area: mmap.mmap, address: int) -> None:
+        self._area, self._address = area, address
+        self._windows: list[_Window] = []
+
+    def share(self, gpa: int, size: int, *, writable: bool) -> int | None:
+        """Return a descriptor of the file behind a stretch of RAM, for the caller to close.
+
+        Args:
+            gpa: Its first byte, counted from the start of the mapping.
+            size: Its length in bytes.
+            writable: Whether the file may be changed through that descriptor.
+
+        Returns:
+            None where it does not end at pages, or overlaps another window that is not the same.
+
+        Raises:
+            OSError: the kernel refuses.
+        """
+        if not size or gpa % PAGE or size % PAGE:
+            return None
+        window = next((each for each in self._windows if (each.gpa, each.size) == (gpa, size)), None)
+        if window is None:
+            if any(each.gpa < gpa + size and gpa < each.gpa + each.size for each in self._windows):
+                return None
+            window = self._make(gpa, size)
+            self._windows.append(window)
+        access = os.O_RDWR if writable else os.O_RDONLY
+        # A descriptor that is open for reading only can never be mapped for writing, whoever holds it.
+        return os.open(f"/proc/self/fd/{window.fd}", access | os.O_CLOEXEC)
+
+    def _make(self, gpa: int, size: int) -> _Window:
+        fd = os.memfd_create(NAME, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        try:
+            os.fchmod(fd, 0o600)
+            os.ftruncate(fd, size)
+            fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEALS)
+            with mmap.mmap(fd, size) as copy:
+                copy[:] = self._area[gpa : gpa + size]
+            flags, access = mmap.MAP_SHARED | _MAP_FIXED, mmap.PROT_READ | mmap.PROT_WRITE
+            ctypes.set_errno(0)
+            if _LIBC.mmap(self._address + gpa, size, access, flags, fd, 0) == _FAILED:
+                raise OSError(ctypes.get_errno() or errno.EINVAL, "a window of guest memory cannot be mapped")
+        except BaseException:
+            os.close(fd)
+            raise
+        return _Window(gpa, size, fd)
+
+    def close(self) -> None:
+        """Close the files; what is mapped stays until the RAM is unmapped."""
+        for window in self._windows:
+            os.close(window.fd)
+        self._windows.clear()
