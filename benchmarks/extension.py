@@ -22,7 +22,7 @@ from vmgraft.vmmhost.layer.zygote import Zygote
 
 #: Calls without a guest in a round, and accesses of a guest.
 CALLS = 5000
-ACCESSES = 20_000
+ACCESSES = 100_000
 #: Ports of the clock: the module answers the one by itself, and imports the time for the other.
 PLAIN, ASKING = 0x514, 0x510
 CLOCK = Path(__file__).resolve().parent.parent / "examples" / "clock" / "module.wasm"
@@ -55,22 +55,24 @@ def _calls(bench: Bench, host: ExtensionHost) -> None:
 
 def _guest(bench: Bench, host: ExtensionHost, spec: ExtensionSpec) -> None:
     """Compare guest → extension → guest with a loop of nothing but KVM_RUN."""
+    accesses = 2000 if bench.small else ACCESSES
+
     def extension(program: bytes) -> None:
         with Machine(Engine.KVM, disk_of(program), memory_mib=2) as machine:
             host.claim(machine.bus)
             result = machine.run()
-        if result.exits["pio"] < ACCESSES or host.summary()[0]["state"] != "running":
+        if result.exits["pio"] < accesses or host.summary()[0]["state"] != "running":
             raise SystemExit(f"the guest or the extension ended early: {result.reason}, {result.detail}")
 
-    plain, asking = (code("ec", port, ACCESSES) for port in (PLAIN, ASKING))
+    plain, asking = (code("ec", port, accesses) for port in (PLAIN, ASKING))
     peers: dict[str, Peer] = {
-        "bare KVM_RUN": lambda: bare(plain, ACCESSES),
+        "bare KVM_RUN": lambda: bare(plain, accesses),
         "extension": lambda: extension(plain),
         "extension that asks for the time": lambda: extension(asking),
     }
-    medians = bench.compare(f"{ACCESSES} times IN of a guest", peers, rounds=7)
+    medians = bench.compare(f"{accesses} times IN of a guest", peers, rounds=3)
     for peer, median in medians.items():
-        bench.fact(f"IN, {peer}", median / ACCESSES * 1e6, "microseconds")
+        bench.fact(f"IN, {peer}", median / accesses * 1e6, "microseconds")
     delayed = host.summary()[0]["delayedMs"]
     if delayed:
         raise SystemExit(f"the quota of {spec.limits.calls_per_second} calls a second slowed the guest down")
@@ -78,7 +80,7 @@ def _guest(bench: Bench, host: ExtensionHost, spec: ExtensionSpec) -> None:
 
 def _start(bench: Bench, spec: ExtensionSpec, options: dict[str, Any]) -> None:
     """Compare a worker from the zygote, verified, compiled and locked in, with a fresh interpreter with the engine."""
-    times = []
+    times: list[float] = []
 
     def worker() -> None:
         began = time.perf_counter()

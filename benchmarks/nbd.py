@@ -1,5 +1,7 @@
 """How fast `vmgraft serve` hands out checked content, against qemu-nbd with the same file and the same client."""
 
+import os
+import statistics
 import subprocess
 import time
 from collections.abc import Iterator
@@ -9,6 +11,27 @@ from pathlib import Path
 from _measure import MIB, PROGRAM, Bench, Runner, dense_file
 
 CLOCK = Path(__file__).resolve().parents[1] / "examples" / "clock"
+
+
+class Server:
+    """A server that runs: where it is found, and what reading from it costs it."""
+
+    def __init__(self, uri: str, pid: int) -> None:
+        self.uri, self._pid = uri, pid
+        self.busy: list[float] = []
+        self.seconds: list[float] = []
+
+    def read(self, run: Runner, *options: str) -> None:
+        """Read everything once; note how long that took, and how much processor time of the server, in seconds."""
+        started, before = time.perf_counter(), self._processor_time()
+        run("nbdcopy", *options, self.uri, "null:")
+        self.seconds.append(time.perf_counter() - started)
+        self.busy.append(self._processor_time() - before)
+
+    def _processor_time(self) -> float:
+        """Return utime and stime of all its threads (proc(5), /proc/PID/stat)."""
+        fields = Path(f"/proc/{self._pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def grafted(folder: Path, size: int) -> Path:
@@ -25,14 +48,14 @@ def grafted(folder: Path, size: int) -> Path:
 
 
 @contextmanager
-def running(socket: Path, *command: str | Path) -> Iterator[str]:
-    """Run a server until the block is left; yield its URI."""
+def running(socket: Path, *command: str | Path) -> Iterator[Server]:
+    """Run a server until the block is left."""
     with subprocess.Popen([str(part) for part in command], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as one:
         while not socket.exists():
             if one.poll() is not None:
                 raise SystemExit(f"{command[0]} ended with {one.returncode}")
             time.sleep(0.01)
-        yield f"nbd+unix:///?socket={socket}"
+        yield Server(f"nbd+unix:///?socket={socket}", one.pid)
         one.terminate()
 
 
@@ -45,17 +68,27 @@ def main() -> None:
         theirs, ours = folder / "qemu-nbd.sock", folder / "vmgraft.sock"
         policy = ("--policy", folder / "policy.json", "--state", "none")
         with (
-            running(theirs, "qemu-nbd", "-r", "-f", "raw", "-t", "-e", "8", "-k", theirs, image) as their_uri,
-            running(ours, PROGRAM, "serve", image, *policy, "--socket", ours) as our_uri,
+            running(theirs, "qemu-nbd", "-r", "-f", "raw", "-t", "-e", "8", "-k", theirs, image) as qemu_nbd,
+            running(ours, PROGRAM, "serve", image, *policy, "--socket", ours) as vmgraft,
         ):
             for title, options in (("four connections", ()), ("one connection", ("--connections=1",))):
-                peers = {
-                    "qemu-nbd": run.peer("nbdcopy", *options, their_uri, "null:"),
-                    "vmgraft serve": run.peer("nbdcopy", *options, our_uri, "null:"),
-                }
-                medians = bench.compare(f"nbdcopy of {size // MIB} MiB, {title}", peers)
-                speed = medians["qemu-nbd"] / medians["vmgraft serve"]
+                for server in (qemu_nbd, vmgraft):
+                    server.busy.clear()
+                    server.seconds.clear()
+                bench.compare(
+                    f"nbdcopy of {size // MIB} MiB, {title}",
+                    {
+                        "qemu-nbd": lambda options=options: qemu_nbd.read(run, *options),
+                        "vmgraft serve": lambda options=options: vmgraft.read(run, *options),
+                    },
+                    rounds=9,
+                )
+                pairs = zip(qemu_nbd.seconds, vmgraft.seconds, strict=True)  # one right after the other: load is alike
+                speed = statistics.median(plain / checked for plain, checked in pairs)
                 bench.fact(f"speed of checked content, {title}", speed, "x qemu-nbd")
+                for name, server in (("qemu-nbd", qemu_nbd), ("vmgraft serve", vmgraft)):
+                    busy = statistics.median(server.busy)
+                    bench.fact(f"processor time of {name} itself, {title}", busy * 1e3, "ms")
     bench.end()
 
 

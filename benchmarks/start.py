@@ -1,4 +1,4 @@
-"""From the command to the guest's first instruction: a large image against a small one, both with their content tree."""
+"""A verified boot to the first instruction: a large image against a small one, both with their content tree."""
 
 from __future__ import annotations
 

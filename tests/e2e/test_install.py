@@ -36,6 +36,27 @@ def test_the_wheel_carries_its_data(wheel: Path) -> None:
     assert not [name for name in names if name.split("/")[0] in ("tests", "docs", "benchmarks")]
 
 
+def test_the_wheel_brings_both_programs(wheel: Path, tmp_path: Path) -> None:
+    """The hook is started by libvirt under the name of another file: what counts is that it is installed at all."""
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(tmp_path / "unpacked")
+    (declared,) = (tmp_path / "unpacked").glob("*.dist-info/entry_points.txt")
+    lines = declared.read_text().splitlines()
+    scripts = dict(line.split(" = ") for line in lines if " = " in line)
+    assert scripts.keys() == {"vmgraft", "vmgraft-libvirt-hook"}
+    paths = [str(tmp_path / "unpacked"), *sys.path]
+    for target, said in (("vmgraft", ""), ("vmgraft-libvirt-hook", "to be run by libvirt")):
+        module, function = scripts[target].split(":")
+        code = f"import sys; from {module} import {function}; sys.argv[1:] = []; sys.exit({function}())"
+        done = subprocess.run(
+            [sys.executable, "-S", "-c", f"import sys; sys.path[:0] = {paths!r}; {code}"],
+            capture_output=True, text=True, check=False, cwd=tmp_path,
+        )  # fmt: skip
+        assert done.returncode in (0, 2), done.stderr
+        assert said in done.stderr
+        assert "Traceback" not in done.stderr
+
+
 @pytest.mark.slow
 def test_the_installed_wheel_runs_its_demo(wheel: Path, tmp_path: Path) -> None:
     venv.create(tmp_path / "venv", with_pip=True)

@@ -24,6 +24,7 @@ from verdict_stamps import Stamps
 from vmgraft.cli import policyview
 from vmgraft.errors import FileError
 from vmgraft.signing import explain as explaining
+from vmgraft.signing.contract import Status
 from vmgraft.signing.dsse import Envelope, Signature, parse_envelope, serialise
 from vmgraft.signing.effort import MAX_STEPS
 from vmgraft.signing.keys import PublicKey
@@ -128,6 +129,9 @@ def test_only_what_is_the_same_is_reused(sim):
         judge_again(judgement, parse_policy(format_policy(document)))
     again = judge_again(judgement, policy)
     assert again.run.report(()) == judgement.run.report(()) and again.run.checks is not judgement.run.checks
+    elsewhere = judge_again(judgement, sim.policy(entry={"imageScopes": ["name:other"]}))
+    assert elsewhere.run.checks["scope"].status is Status.FAIL and elsewhere.run.checks["content"].status is Status.PASS
+    assert not elsewhere.run.checks.keys() & {"authenticity", "rollback", "binding", "capabilities", "required"}
 
 
 # --- when it is spent

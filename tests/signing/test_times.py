@@ -47,4 +47,5 @@ def test_a_summary_and_a_lint_at_the_end_of_time(sim):
     report = rely(sim, signed(sim, document(sim)), now=END)
     assert report.error == "expired" and "may be 7d old" in report.checks[2].detail
     world = World(sim)
-    assert any("expired" in finding or "ended" in finding for finding in map(str, check_policy(world.policy(), now=END)))
+    findings = [str(finding) for finding in check_policy(world.policy(), now=END)]
+    assert any("expired" in finding or "ended" in finding for finding in findings)

@@ -1,6 +1,7 @@
 """Images with hostile and harmless extensions, made by the vendor's own code."""
 
 import json
+import sys
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
@@ -18,6 +19,8 @@ from vmgraft.vendor.graft import AttachOptions, attach
 from vmgraft.vendor.pack import Package
 from vmgraft.vmmhost.audit import check_chain
 from vmgraft.vmmhost.core.probe import probe_kvm
+
+sys.path.insert(0, str(Path(__file__).parent))  # the helper modules of this folder
 
 ROOT = Path(__file__).resolve().parents[2]
 

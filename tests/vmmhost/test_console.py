@@ -13,8 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from control_world import vmgraft
 
-from vmgraft.cli.terminal import SequenceFilter, Terminal
+from vmgraft.cli.sequences import SequenceFilter
+from vmgraft.cli.terminal import Terminal
 from vmgraft.errors import UsageError
 from vmgraft.vmmhost.core.devices.serial import BACKLOG, LSR_EMPTY, Serial
 
@@ -114,6 +116,15 @@ HARMLESS = [
     "Größe ☃ 漢".encode(), b"\x1b7\x1b8\x1bM", b"\x1b(0lqk\x1b(B", b"\x1b[K", b"\x1b[3;10r",
 ]  # fmt: skip
 HARMFUL = {
+    b"\x1b[?ux": b"x",  # kitty tells its keyboard flags
+    b"\x1b[>1ux": b"x",  # and changes them
+    b"\x1b[?1;1;0Sx": b"x",  # xterm tells its graphics
+    b"\x1b[?4mx": b"x",  # and its key modifiers
+    b"\x1b[>4;2mx": b"x",  # and changes them
+    b"\x1b[2hx": b"x",  # locks the keyboard
+    b"\x1b[#Px": b"x",
+    b"\x1b[?99999hx": b"x",
+    b"\x1b[?1000rx": b"x",
     b"\x1b]0;title\x07after": b"after",
     b"\x1b]52;c;ZXZpbA==\x1b\\after": b"after",
     b"\x1bP+q544e\x1b\\x": b"x",
@@ -146,6 +157,19 @@ def test_only_harmless_sequences_pass(cut: int) -> None:
             assert b"\x1b" not in shown
         else:
             assert shown == expected, data[:40]
+
+
+def test_modes_are_taken_back() -> None:
+    filter_ = SequenceFilter()
+    assert filter_.undo() == b"", "plain text changes nothing"
+    shown = filter_.pass_on(b"\x1b[?1000;1006h\x1b[?25l\x1b[?7l\x1b[?7h\x1b[?2004h\x1b[?2004l\x1b[3;9r\x1b[4h\x1b[2h")
+    assert b"[4h" in shown and b"[2h" not in shown
+    undo = filter_.undo()
+    for part in (b"\x1b[?1000l", b"\x1b[?1006l", b"\x1b[?25h", b"\x1b[4l", b"\x1b[0m", b"\x1b[r"):
+        assert part in undo
+    for part in (b"?7", b"?2004"):
+        assert part not in undo
+    assert SequenceFilter().pass_on(b"\x1b[?2l\x1b[?1001h\x1b[?25;1036lx") == b"x", "what has no way back is dropped"
 
 
 def test_bytes_that_are_no_utf8_are_marked() -> None:
@@ -238,8 +262,6 @@ def test_the_terminal_is_as_it_was(studio: Any, how: str | signal.Signals) -> No
 
 def test_a_console_needs_the_terminal_for_itself(studio: Any) -> None:
     studio.graft(studio.wat(studio.ONES))
-    command = [sys.executable, "-m", "vmgraft", "run", studio.image, "--policy", studio.policy, "--console"]
     for more in ([], ["--json"], ["--serial", "-"]):
-        done = subprocess.run([*command, *more], capture_output=True, text=True, stdin=subprocess.DEVNULL, check=False)
-        assert done.returncode == 2, done
-        assert "--console needs" in done.stdout + done.stderr
+        done = vmgraft("run", studio.image, "--policy", studio.policy, "--console", *more, code=2)
+        assert b"--console needs" in done.stdout + done.stderr

@@ -9,11 +9,11 @@ import stat
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
+from control_world import ALARM, CLOCK, READ_BOTH, World
 
 from vmgraft.errors import (
     CapabilityError,
@@ -30,86 +30,12 @@ from vmgraft.errors import (
 )
 from vmgraft.inspect.extract import extract_part
 from vmgraft.signing.keys import generate
-from vmgraft.signing.manifest import canonical_manifest, parse_manifest
-from vmgraft.signing.policytools import format_policy, init_policy
-from vmgraft.vendor.graft import AttachOptions, attach
-from vmgraft.vendor.pack import Package
 from vmgraft.vmmhost.control.client import ControlClient, sealed_copy
 from vmgraft.vmmhost.control.server import ACCEPTS, MAX_CLIENTS, MAX_RECORDS, ControlServer
 from vmgraft.vmmhost.control.wire import MAX_REQUEST, Op, Request, parse_request
 from vmgraft.vmmhost.core.contract import EndReason
 from vmgraft.vmmhost.launch import Launcher, RunReport
 from vmgraft.vmmhost.plan import RunOptions
-
-#: Reads ports 510h and 520h for ever.
-READ_BOTH = bytes.fromhex("ba1005 ec ba2005 ec ebf6".replace(" ", ""))
-CLOCK, ALARM = "org.example.clock", "org.example.alarm"
-
-
-class World:
-    """Images of one content with different grafts, by one vendor, and a policy that grants all of it."""
-
-    def __init__(self, studio: Any, **policy: Any) -> None:
-        self.studio, self.folder = studio, studio.folder
-        studio.boot_code(READ_BOTH)
-        self.module = studio.wat(studio.ONES)
-        self.socket = self.folder / "guest.sock"
-        self.image = self.make("disk.img", self.package(CLOCK))
-        granted = (self.package(CLOCK), self.package(ALARM, "pio:0x516-0x527"))
-        wanted = [parse_manifest(package.manifest) for package in granted]
-        document = init_policy({"vendor": studio.key.public}, wanted)
-        document["trustPolicies"][0].update(policy)
-        studio.policy.write_bytes(format_policy(document))
-
-    def package(self, name: str, claim: str | None = None, *, version: int = 1, module: bytes | None = None) -> Package:
-        claims = [claim or ("pio:0x510-0x517" if name == CLOCK else "pio:0x520-0x527")]
-        manifest = canonical_manifest({
-            "id": name, "version": f"{version}.0", "securityVersion": version, "abi": "vmgraft/1",
-            "module": "module.wasm", "onFault": "detach", "capabilities": claims,
-            "limits": {"memoryMiB": 1, "fuelPerCall": 1_000_000, "callMs": 500, "logBytes": 1024},
-        })  # fmt: skip
-        return Package(name, f"{version}.0", manifest, module or self.module)
-
-    def make(self, name: str, *packages: Package, code: bytes = b"", key: Any = None) -> Path:
-        image = self.folder / name
-        image.write_bytes((code or self.studio.guest).ljust(1 << 20, b"\0"))
-        attach(image, list(packages), [key or self.studio.key], AttachOptions())
-        return image
-
-    @contextmanager
-    def guest(self, **chosen: Any) -> Iterator[tuple[ControlClient, list[RunReport]]]:
-        """Run the guest in a thread; give a client, and where its report will be."""
-        options: dict[str, Any] = {
-            "cpu": "soft", "timeout": 60, "audit_log": self.studio.audit_log, "control": self.socket, **chosen,
-        }  # fmt: skip
-        log: Path = options["audit_log"]
-        reports: list[RunReport] = []
-        failed: list[BaseException] = []
-
-        def work() -> None:
-            try:
-                reports.append(Launcher(self.image, self.studio.policy, RunOptions(**options)).run())
-            except BaseException as error:
-                failed.append(error)
-                raise
-
-        thread = threading.Thread(target=work)
-        thread.start()
-        try:
-            while '"event": "boot"' not in (log.read_text() if log.exists() else ""):
-                assert not failed, failed
-                time.sleep(0.005)
-            with ControlClient(self.socket, seconds=30) as client:
-                yield client, reports
-        finally:
-            if thread.is_alive():
-                with suppress(HostError), ControlClient(self.socket, seconds=30) as client:  # it may be over just now
-                    client.ask(Op.STOP)
-            thread.join(30)
-        assert reports and not self.socket.exists()
-
-    def requests(self) -> list[dict[str, Any]]:
-        return [record for record in self.studio.log() if record["event"] == "control"]
 
 
 @pytest.fixture
@@ -291,6 +217,23 @@ def test_rollback_memory_is_asked_and_raised(world: World) -> None:
     assert Launcher(world.image, world.studio.policy, options).run().error == "rollback"
 
 
+@pytest.mark.parametrize(
+    "stats",
+    [
+        {},
+        {"virtualNs": 10**400, "exits": {"\x1b[2J": 10**400}}, {"virtualNs": "x", "exits": [1], "extensions": {"a": 1}},
+        {"extensions": [7, {"id": "\x1b]0;x\x07", "calls": None, "fuel": {"total": []}, "metrics": {"\x1b": "\x1b"}}]},
+        {"extensions": [{"latencyMicroseconds": {"p50": "\x1b"}, "fuel": 3, "metrics": 3}]},
+    ],
+)  # fmt: skip
+def test_an_answer_is_not_trusted_with_the_terminal(stats: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    from vmgraft.cli.ctlview import show_stats, show_status
+
+    show_stats(stats, stats)
+    show_status({**stats, "image": "\x1b[2J", "wallSeconds": {}})
+    assert "\x1b" not in capsys.readouterr().out
+
+
 def test_what_an_extension_reports_is_shown(studio: Any, capsys: pytest.CaptureFixture[str]) -> None:
     from vmgraft.cli.ctlview import show_stats
 
@@ -326,10 +269,8 @@ def test_what_an_extension_reports_is_shown(studio: Any, capsys: pytest.CaptureF
 
 
 @pytest.mark.parametrize("op", [Op.LOAD, Op.REPLACE])
-def test_what_must_not_be_remembered_changes_nothing(
-    world: World, op: Op, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Between the verdict and the ready mark another host process raised the memory: the new one ends, the old stays."""
+def test_what_must_not_be_remembered_changes_nothing(world: World, op: Op, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between verdict and ready mark another process raised the memory: the new one ends, the old one stays."""
     from vmgraft.signing.state import RollbackState
 
     def raised(*_args: Any, **_named: Any) -> None:

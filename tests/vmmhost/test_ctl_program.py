@@ -7,32 +7,12 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
-from click.testing import CliRunner
-
-from vmgraft.cli.app import run
+from control_world import vmgraft
 
 SPIN = bytes.fromhex("ba1005 ec ebfd".replace(" ", ""))
-
-
-class Done(NamedTuple):
-    """What the program printed."""
-
-    stdout: bytes
-    stderr: bytes
-
-
-def vmgraft(*args: str | Path, code: int = 0) -> Done:
-    """Run the command line in this process, which saves a second each time."""
-    with CliRunner().isolation() as streams:
-        with pytest.raises(SystemExit) as ended:
-            run(list(map(str, args)))
-        sys.stdout.flush()
-        done = Done(streams[0].getvalue(), streams[1].getvalue())
-    assert (ended.value.code or 0) == code, done
-    return done
 
 
 @contextmanager

@@ -232,3 +232,20 @@ def test_edits_keep_the_tree(studio, make) -> None:
     assert run(studio).plan.content_check == FIRST_READ
     edit.replace_extensions(studio.image, [make.package("1.2")], [studio.key], edit.EditOptions(binding="any"))
     assert stored(studio.image) is None
+
+
+def test_a_policy_can_demand_that_all_is_read(studio, make) -> None:
+    make(READ_FAR)
+    document = json.loads(studio.policy.read_bytes())
+    document["trustPolicies"][0]["contentCheck"] = "before-start"
+    studio.policy.write_bytes(format_policy(document))
+    report = run(studio)
+    assert (report.error, report.plan.content_check) == (None, BEFORE)
+    studio.audit_log.unlink()
+    spoil(studio.image)
+    refused = run(studio)
+    assert (refused.error, refused.plan) == ("content-mismatch", None)
+    document["trustPolicies"][0]["contentCheck"] = "first-read"
+    studio.policy.write_bytes(format_policy(document))
+    studio.audit_log.unlink()
+    assert run(studio).plan.content_check == FIRST_READ

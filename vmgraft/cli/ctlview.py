@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Final
 
 import click
 
 from vmgraft.cli.output import printable
 from vmgraft.words import counted
+
+#: Counters beyond this are not ours.
+_COUNT_END: Final = 1 << 63
 
 
 def show_status(status: dict[str, Any]) -> None:
@@ -66,7 +69,7 @@ def _counts(now: Any, before: Any) -> str:
 
 
 def _number(value: Any) -> int:
-    return value if isinstance(value, int) else 0
+    return value if isinstance(value, int) and -_COUNT_END <= value < _COUNT_END else 0
 
 
 def _objects(value: Any) -> list[dict[str, Any]]:

@@ -19,7 +19,6 @@ from vmgraft.vmmhost.core.contract import EndReason
 from vmgraft.vmmhost.core.machine import MachineResult
 from vmgraft.vmmhost.launch import RunReport
 
-
 #: What to do about a guest that asks too much of an engine.
 _OTHER_ENGINE: Final = "try --engine qemu, or --cpu kvm where it is native (`vmgraft doctor`)"
 

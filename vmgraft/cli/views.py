@@ -11,6 +11,7 @@ from vmgraft.cli.exitcodes import exit_code
 from vmgraft.cli.output import human_size, printable, show_warnings
 from vmgraft.signing.contract import Report, Status
 from vmgraft.signing.report import deciding_check, report_document
+from vmgraft.words import counted
 
 if TYPE_CHECKING:
     from vmgraft.imagefmt.contract import ContentDigest, Opening
@@ -19,6 +20,8 @@ _MARKS: Final = {Status.PASS: ("ok", "green"), Status.FAIL: ("FAIL", "red"), Sta
                  Status.SKIP: ("skip", "bright_black")}  # fmt: skip
 #: Put before every line that only repeats what the file claims.
 UNVERIFIED: Final = "?"
+#: Lines that one extension's supplements get; a sound manifest has no more of them.
+_MAX_SUPPLEMENTS: Final = 16
 
 
 def verdict_document(report: Report, image: Path) -> dict[str, Any]:
@@ -72,6 +75,9 @@ def show_list(listing: dict[str, Any]) -> None:
         claims = entry["capabilities"] if isinstance(entry["capabilities"], list) else [entry["capabilities"]]
         capabilities = ", ".join(_text(claim) for claim in claims if claim is not None)
         click.echo(f"{UNVERIFIED} {_text(entry['id'])} {_text(entry['version'])}  [{_text(capabilities)}]")
+        supplements = entry["supplements"]
+        for item in supplements[:_MAX_SUPPLEMENTS] if isinstance(supplements, list) else []:
+            click.echo(f"{UNVERIFIED}   supplement {_supplement(item)}")
     beside = f" ({printable(listing['recordFile'])})" if listing["recordFile"] else ""
     why = f" ({printable(listing['detail'])})" if listing["detail"] else ""
     click.echo(
@@ -79,6 +85,16 @@ def show_list(listing: dict[str, Any]) -> None:
         "verified.",
         err=True,
     )
+
+
+def _supplement(item: Any) -> str:
+    """Say what a supplement claims to be; it may be anything."""
+    if not isinstance(item, dict):
+        return _text(item)
+    words = [_text(item.get("kind"))]
+    words += [f"{name} {_text(item[name])}" for name in ("label", "drive", "offset", "file", "root") if name in item]
+    files = item.get("files")
+    return " ".join([*words, f"({counted(len(files), 'file')})"] if isinstance(files, list) else words)
 
 
 def show_inspection(report: dict[str, Any]) -> None:

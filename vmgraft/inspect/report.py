@@ -97,7 +97,7 @@ def list_extensions(path: Path, opening: Opening = PROBE) -> dict[str, Any]:
     report = inspect_image(path, opening)
     if report["graft"]["state"] == GraftState.NONE.value:
         raise NoGraftError("the image carries no graft", file=path, hint="`vmgraft attach` puts one in")
-    keep = ("id", "version", "securityVersion", "title", "vendor", "capabilities")
+    keep = ("id", "version", "securityVersion", "title", "vendor", "capabilities", "supplements")
     return {
         **report["graft"],
         "unverified": {

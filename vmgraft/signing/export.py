@@ -185,7 +185,8 @@ check() { # KEY SIGNATURE: 0 verified, 1 not, 3 not to be checked with this open
 
 foreign() { # CHAIN: the beginning of an ML-DSA-65 key, where that is the leaf's and this openssl does not know it
     openssl x509 -in "$1" -noout -text 2>/dev/null |
-        grep -q -e 'Key Algorithm: 2[.]16[.]840[.]1[.]101[.]3[.]4[.]3[.]18' -e 'Key Algorithm: ML-DSA-65' && echo MIIHsjALBglghkgBZQMEAxID
+        grep -q -e 'Key Algorithm: 2[.]16[.]840[.]1[.]101[.]3[.]4[.]3[.]18' -e 'Key Algorithm: ML-DSA-65' || return 1
+    echo MIIHsjALBglghkgBZQMEAxID
 }
 
 leads() { # CHAIN [OPTION...]: to ROOT.pem and to no other root of this machine

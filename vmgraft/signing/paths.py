@@ -92,7 +92,7 @@ def parse_certificate(der: bytes) -> x509.Certificate:
             certificate.issuer.rfc4514_string()
             alternative_names(certificate)
             _ = certificate.not_valid_before_utc, certificate.not_valid_after_utc, certificate.signature_hash_algorithm
-        except (ValueError, TypeError, Warning, UnsupportedAlgorithm, *X509_ERRORS) as exc:
+        except (ValueError, IndexError, TypeError, Warning, UnsupportedAlgorithm, *X509_ERRORS) as exc:
             raise BadSignatureError("a certificate beside the signature is malformed", field="certificate") from exc
     return certificate
 

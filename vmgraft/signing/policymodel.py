@@ -56,6 +56,7 @@ class TrustPolicy:
         any_identity: Every name that an authority certifies is accepted.
         max_advance: How far a security version may be above the highest seen, by extension id.
         needs_state: Refuse when there is no rollback memory to compare with.
+        read_before: A host reads all of the content before it starts a guest, also where each block could wait.
     """
 
     name: str
@@ -73,6 +74,7 @@ class TrustPolicy:
     any_identity: bool = False
     max_advance: Mapping[str, int] = field(default_factory=dict)
     needs_state: bool = False
+    read_before: bool = False
 
     def logs(self, check: str) -> bool:
         """Tell whether a failure of this check is only logged."""

@@ -127,6 +127,7 @@ class PolicyReader:
             any_identity=any_identity,
             max_advance=entry.get("maxAdvance", {}),
             needs_state=entry.get("rollbackState", "optional") == "required",
+            read_before=entry.get("contentCheck", "first-read") == "before-start",
         )
 
     def references(self, entry: dict[str, Any], where: str, stores: Mapping[str, TrustStore]) -> tuple[str, ...]:

@@ -64,9 +64,8 @@ def check_virtio(
     areas = (claim for claim in claims if isinstance(claim, MmioRange))
     if table.mmio % 4 or not any(area.gpa <= table.mmio and end <= area.gpa + area.size for area in areas):
         hint = f"declare mmio:{table.mmio & -4:#x}+{REGISTER_BYTES:#x}, or more"
-        raise error(
-            f"the registers at {table.mmio:#x} are not inside a declared range", file=file, field="virtio.mmio", hint=hint
-        )
+        message = f"the registers at {table.mmio:#x} are not inside a declared range"
+        raise error(message, file=file, field="virtio.mmio", hint=hint)
     if IrqLine(table.irq) not in claims:
         hint = f"declare irq:{table.irq}"
         raise error("the interrupt line is not declared", file=file, field="virtio.irq", hint=hint)

@@ -200,9 +200,8 @@ class Launcher:
         if options.restore is None:
             return plan
         if options.engine != "core" or options.record is not None or options.replay is not None:
-            raise UsageError(
-                "a snapshot goes with the core engine, and with no recording", field="restore", hint="leave the other out"
-            )
+            message = "a snapshot goes with the core engine, and with no recording"
+            raise UsageError(message, field="restore", hint="leave the other out")
         self._snapshot = read_snapshot(options.restore, plan)
         cpu = check_engine(options.cpu, self._snapshot.engine, options.restore)
         return replace(plan, cpu=cpu, restore_sha256=self._snapshot.sha256)

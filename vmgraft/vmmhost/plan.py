@@ -71,6 +71,7 @@ class RunOptions:
         record: File that gets every packet between host and workers.
         replay: Such a file, which answers in place of workers.
         restore: A snapshot of this guest, from where it goes on.
+        pin: Number of the processor that guest and extensions are kept on; None leaves it to the system.
         verify_all: Read all of the content before the start, also where the record holds the signed content tree.
     """
 
@@ -101,6 +102,7 @@ class RunOptions:
     record: Path | None = None
     replay: Path | None = None
     restore: Path | None = None
+    pin: int | None = None
     verify_all: bool = False
 
 

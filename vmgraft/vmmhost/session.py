@@ -23,6 +23,7 @@ from vmgraft.vmmhost.layer.client import ExtensionHost
 from vmgraft.vmmhost.layer.confine import confine_host, host_record, require_host_level
 from vmgraft.vmmhost.layer.proxy import State
 from vmgraft.vmmhost.layer.zygote import Zygote
+from vmgraft.vmmhost.pinning import pinned
 from vmgraft.vmmhost.plan import DirectFiles
 from vmgraft.vmmhost.setup import Console, Setup
 from vmgraft.vmmhost.snapshots.container import SnapshotFile
@@ -74,6 +75,7 @@ class CoreSession:
         setup, stack = self._setup, self._stack
         tape = self._tape = self._open_tape()
         # Before /dev/kvm is opened: no worker can have inherited what the core holds.
+        stack.enter_context(pinned(setup.options.pin))  # workers are born to where their zygote is
         zygote = self._zygote()
         machine = stack.enter_context(self._machine(VerifiedDisk(setup.image, setup.tree.check)))
         host = ExtensionHost(

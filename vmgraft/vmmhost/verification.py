@@ -35,7 +35,7 @@ def verify_for_use(
 
     Args:
         graft: The graft; its image is open.
-        policy: The trust policy.
+        policy: The trust policy; its ``contentCheck`` may demand that all is read.
         image_name: File name of the image, for ``name:`` scopes.
         now: The time to judge by, with its zone.
         memory: The highest security versions that were accepted before. It is only read.
@@ -50,6 +50,9 @@ def verify_for_use(
     except GraftFormatError as error:
         problem = f"the stored content tree is of no use: {error.message}"
     report = verify_evidence(graft, policy, image_name=image_name, now=now, memory=memory, tree=tree)
+    chosen = next((entry for entry in policy.trust_policies if entry.name == report.policy), None)
+    if tree is not None and chosen is not None and chosen.read_before:  # only now is it known which one applies
+        report, tree = verify_evidence(graft, policy, image_name=image_name, now=now, memory=memory), None
     if report.ok and graft.tree is None:
         content = next(check for check in report.checks if check.name == "content")
         if content.status is Status.PASS:  # without having been read: by the tree

@@ -14,8 +14,7 @@ from vmgraft.vmmhost.core.probe import Engine, probe_kvm
 
 sys.path.insert(0, str(Path(__file__).parent))  # the helper modules of this folder
 
-from assembling import GUESTS, nasm  # noqa: E402 - found by the line above
-
+from assembling import GUESTS, nasm  # found by the line above
 
 
 class MemoryContent:

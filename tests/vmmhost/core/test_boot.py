@@ -19,6 +19,9 @@ GRUB = Path("/usr/lib/grub-rescue")
 MEMTEST = Path("/usr/lib/memtest86+/memtest86+x64.iso")
 CATALOGUE = 20
 PROGRAM = 24
+#: A guest that takes longer to GRUB's command line may be so slow that GRUB, which keeps blocks for 2 seconds, reads some
+#: of them again.
+DAWDLES_SECONDS = 20
 
 
 def validation(platform: int = 0) -> bytes:
@@ -187,9 +190,8 @@ def test_grub_rescue_on_soft(run_guest, image_of, source):
     assert result.wall_seconds < 15
 
 
-@pytest.mark.slow
 def test_memtest_starts_in_long_mode(run_guest, image_of):
-    result = run_guest(Engine.SOFT, image_of(MEMTEST), until="Memtest86+ v", memory_mib=64, timeout=120)
+    result = run_guest(Engine.SOFT, image_of(MEMTEST), until="Memtest86+ v", memory_mib=16, timeout=120)
     assert result.reason is EndReason.UNTIL, result.detail
 
 
@@ -199,17 +201,29 @@ def to_the_menu_and_off(run_guest, image, engine):
     assert (result.reason, result.detail) == (EndReason.SHUTDOWN, "APM power off")
     assert result.engine == engine.value
     assert "grub> halt" in [line.strip() for line in result.screen]
-    return result.bios_calls
+    return result
 
 
-def test_grub_menu_takes_keys(run_guest, image_of):
-    calls = to_the_menu_and_off(run_guest, image_of(GRUB / "grub-rescue-cdrom.iso"), Engine.SOFT)
-    assert calls["13/42"] > 50
-    assert calls["10/09"] > 1000  # the menu was drawn
+@pytest.fixture(scope="module")
+def soft_run():
+    """What was seen on the soft CPU, for the comparison; a run takes seconds."""
+    return []
+
+
+def test_grub_menu_takes_keys(run_guest, image_of, soft_run):
+    result = to_the_menu_and_off(run_guest, image_of(GRUB / "grub-rescue-cdrom.iso"), Engine.SOFT)
+    assert result.bios_calls["13/42"] > 50
+    assert result.bios_calls["10/09"] > 1000  # the menu was drawn
+    soft_run.append(result)
 
 
 @pytest.mark.slow
 @pytest.mark.kvm
-def test_grub_rescue_makes_the_same_calls_on_kvm(kvm, run_guest, image_of):
+def test_grub_rescue_makes_the_same_calls_on_kvm(kvm, run_guest, image_of, soft_run):
     image = image_of(GRUB / "grub-rescue-cdrom.iso")
-    assert to_the_menu_and_off(run_guest, image, kvm) == to_the_menu_and_off(run_guest, image, Engine.SOFT)
+    soft = soft_run[0] if soft_run else to_the_menu_and_off(run_guest, image, Engine.SOFT)
+    result = to_the_menu_and_off(run_guest, image, kvm)
+    again = result.bios_calls["13/42"] - soft.bios_calls["13/42"]
+    assert again == 0 or (again > 0 and result.wall_seconds > DAWDLES_SECONDS)
+    assert result.bios_calls == soft.bios_calls | {"13/42": result.bios_calls["13/42"]}
+    assert result.blocks_checked == soft.blocks_checked  # the same content in any case

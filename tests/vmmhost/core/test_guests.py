@@ -173,7 +173,7 @@ def test_halt_with_interrupts_off(engine, run_guest):
 def test_a_byte_that_looks_like_hlt_is_not(engine, run_guest):
     result = run_guest(engine, "count")
     assert result.reason is EndReason.SHUTDOWN
-    assert words(result.serial) == [1_500_000]
+    assert words(result.serial) == [400_000]
 
 
 def test_invalid_instruction_is_the_guests_first(engine, run_guest):

@@ -34,9 +34,11 @@ class Content:
 
 class Hints:
     def __init__(self, *ranges):
+        self.asked = []
         self.data = struct.pack(f"<{2 * len(ranges)}Q", *(128 * number for pair in ranges for number in pair))
 
     def serve(self, service, a0, a1, data):
+        self.asked.append((a0, a1))
         return Answer(0, self.data)
 
 
@@ -112,6 +114,27 @@ def test_what_the_guest_wrote_is_not_read_ahead(hooked):
     assert disk.read(41 * BLOCK, 3) == b"new"
     assert disk.read(42 * BLOCK, 1) == bytes((42,))
     assert content.reads == []
+
+
+def test_a_read_that_goes_on_in_its_block_is_not_asked_about(hooked):
+    disk = hooked(Content(200))
+    (entry,) = disk._services._lines[Service.DISK]
+    asked = entry.handler.asked
+    for offset, length in (
+        (0, 512),
+        (512, 512),
+        (BLOCK - 512, 512),
+        (BLOCK - 512, 1024),
+        (BLOCK, 512),
+        (0, 0),
+        (BLOCK, 1),
+    ):
+        disk.read(offset, length)
+    disk.write(BLOCK, b"x")
+    disk.write(BLOCK, b"x")
+    disk.read(BLOCK, 1)
+    write = 1 << 32 | 1
+    assert asked == [(0, 1), (127, 2), (0, 0), (128, 1), (128, write), (128, write)]
 
 
 def test_without_a_hint_there_is_no_thread(hooked):

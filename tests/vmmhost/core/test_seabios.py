@@ -138,10 +138,10 @@ def test_nothing_to_boot_is_said_by_the_firmware(boot, content):
     assert (result.reason, result.detail) == (EndReason.RESET, "the firmware found nothing to boot")
 
 
-def test_content_that_is_not_what_was_verified_ends_the_run(engine, guest):
+def test_content_that_is_not_what_was_verified_ends_the_run(guest):
     answers = iter((True,))  # the look at the boot sector before the machine starts; later the content has changed
     disk = VerifiedDisk(guest("serial"), lambda _index, _block: next(answers, False))
-    with Machine(engine, disk, firmware=FirmwareKind.SEABIOS, memory_mib=16, timeout=60) as machine:
+    with Machine(Engine.SOFT, disk, firmware=FirmwareKind.SEABIOS, memory_mib=16, timeout=60) as machine:
         disk._cache.clear()
         result = machine.run()
     assert (result.reason, result.serial) == (EndReason.DISK, b"")

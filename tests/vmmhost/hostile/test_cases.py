@@ -26,8 +26,6 @@ from vmgraft.vmmhost.launch import Launcher, RunReport
 from vmgraft.vmmhost.layer.zygote import Zygote
 from vmgraft.vmmhost.plan import RunOptions
 
-pytest.importorskip("unicorn", reason="the soft CPU is an extra")
-
 CASES = json.loads(Path(__file__).with_name("cases.json").read_text())
 CULPRIT = "org.example.culprit"
 #: Ports of the extension, and the doorbell, which is only there where somebody has hypercalls.

@@ -16,7 +16,7 @@ from vmgraft.vmmhost.core.bus import Bus
 from vmgraft.vmmhost.layer.abi import EXPORTS, IMPORTS
 from vmgraft.vmmhost.layer.spec import ExtensionSpec, HypercallRange, LayerLimits, MmioRange, PioRange, ServiceUse
 
-NAMES = ["clock", "entropy", "timeshift", "virtiorng", "virtioconsole"]
+NAMES = ["clock", "entropy", "timeshift", "virtiorng", "virtioconsole", "readahead"]
 
 
 @pytest.mark.parametrize("name", NAMES)

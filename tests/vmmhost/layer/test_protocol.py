@@ -124,3 +124,39 @@ def test_any_bytes_give_a_message_or_the_one_error(packet):
             parse()
         except ProtocolError as error:
             assert error.message
+
+
+# --- the short ways, which must never say anything else than the long ones ---
+
+
+_U32, _U64 = st.integers(0, 2**32 - 1), st.integers(0, 2**64 - 1)
+
+
+@given(st.sampled_from([kind for kind in Kind if kind.name.startswith("CALL_")]), _U32, _U64, _U64, _U64)
+def test_a_plain_call_is_a_call(kind: Kind, seq: int, now: int, address: int, value: int) -> None:
+    args = (seq, 1, 2, 3)
+    packet = protocol.plain_call(kind, seq, now, address, 4, value, args)
+    assert packet == protocol.call(protocol.Call(kind, 4, seq, now, address, value, args))
+    parsed = protocol.parse_call(packet)
+    assert protocol.parse_access(packet) == (parsed.size, parsed.seq, parsed.now, parsed.address, parsed.value)
+
+
+@given(_U32, _U64, _U32, st.booleans())
+def test_a_plain_result_is_a_result(seq: int, value: int, used: int, touched: bool) -> None:
+    packet = protocol.result(seq, value, used, touched=touched)
+    assert packet == protocol.frame(Kind.RESULT, seq, value, used.to_bytes(4, "little"), flag=touched)
+    assert protocol.plain_result(packet, seq) == (touched, value, used)
+    assert protocol.plain_result(packet, (seq + 1) & 0xFFFFFFFF) is None
+
+
+@given(st.binary(min_size=0, max_size=24), st.sampled_from(list(Kind)), st.integers(0, 255), st.integers(0, 8), _U32)
+def test_the_short_way_believes_no_more_than_the_long_one(
+    noise: bytes, kind: Kind, flag: int, length: int, seq: int
+) -> None:
+    head = bytes([kind, flag]) + length.to_bytes(2, "little") + seq.to_bytes(4, "little")
+    for packet in (noise, (head + noise)[:20], (head + noise).ljust(20, b"\0")):
+        plain = protocol.plain_result(packet, seq)
+        if plain is not None:
+            frame = protocol.parse_worker_frame(packet, seq)
+            assert (frame.kind, frame.flag, frame.value) == (Kind.RESULT, *plain[:2])
+            assert int.from_bytes(frame.payload, "little") == plain[2]

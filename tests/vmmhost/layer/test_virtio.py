@@ -36,7 +36,7 @@ class Memory:
         self.writes = []
 
     def covers(self, gpa, length, *, write):
-        inside = BASE <= gpa and gpa + length <= BASE + SIZE
+        inside = gpa >= BASE and gpa + length <= BASE + SIZE
         return inside and not (write and gpa + length > BASE + SIZE - 0x1000)
 
     def read(self, gpa, length):
@@ -99,7 +99,16 @@ class Bed:
         return self.device.read(offset, 4)
 
     def negotiate(self, low=0, high=1):
-        for offset, value in ((0x70, 0), (0x70, 1), (0x70, 3), (0x24, 0), (0x20, low), (0x24, 1), (0x20, high), (0x70, 11)):
+        for offset, value in (
+            (0x70, 0),
+            (0x70, 1),
+            (0x70, 3),
+            (0x24, 0),
+            (0x20, low),
+            (0x24, 1),
+            (0x20, high),
+            (0x70, 11),
+        ):
             self.set(offset, value)
         return self.get(0x70) == 11
 
@@ -185,7 +194,9 @@ def test_the_dance(bed, steps, status):
     assert bed.get(0x70) == status
 
 
-@pytest.mark.parametrize(("low", "high", "taken"), [(0, 1, True), (5, 1, True), (0, 0, False), (2, 1, False), (0, 3, False)])
+@pytest.mark.parametrize(
+    ("low", "high", "taken"), [(0, 1, True), (5, 1, True), (0, 0, False), (2, 1, False), (0, 3, False)]
+)
 def test_features_are_those_offered_with_version_1(bed, low, high, taken):
     assert bed.negotiate(low, high) is taken
     bed.set(0x70, READY)
@@ -243,11 +254,12 @@ def test_what_waits_is_served_when_the_device_is_kicked(bed):
 
 def test_the_rings_go_round(bed):
     bed.up().memory.descriptor(0, BUFFERS, 4, WRITE)
-    for first in range(0, 70_000, 8):
+    bed.device._queues[0].ring.taken = 0xFFF0
+    for first in range(0xFFF0, 0x10020, 8):
         bed.memory.offer(*[0] * 8, first=first)
         bed.set(0x50, 0)
-    assert bed.memory.used(0)[0] == len(bed.echo.asked) & 0xFFFF
-    assert len(bed.echo.asked) == 70_000
+    assert bed.memory.used(0)[0] == 0x20
+    assert len(bed.echo.asked) == 0x30
     assert not bed.notes
 
 
@@ -397,14 +409,14 @@ def test_a_state_of_another_device_resets(bed):
 
 @given(
     table=st.lists(st.tuples(
-        st.sampled_from([BUFFERS, BUFFERS + 64, TABLE, USED, 0, BASE + SIZE - 8, (1 << 64) - 8]) | st.integers(0, 2**64 - 1),
+        st.sampled_from([BUFFERS, TABLE, USED, 0, BASE + SIZE - 8, 2**64 - 8]) | st.integers(0, 2**64 - 1),
         st.sampled_from([0, 4, 16, 32, 128, 0x8000, 0xFFFFFFFF]) | st.integers(0, 2**32 - 1),
         st.integers(0, 7), st.integers(0, 9),
     ), min_size=8, max_size=8),
-    inner=st.binary(max_size=256), heads=st.lists(st.integers(0, 9), max_size=9), first=st.sampled_from([0, 0, 0, 1, 65535]),
-    later=st.booleans(),
+    inner=st.binary(max_size=256), heads=st.lists(st.integers(0, 9), max_size=9),
+    first=st.sampled_from([0, 0, 1, 65535]), later=st.booleans(),
 )  # fmt: skip
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 def test_random_rings_never_lead_outside(table, inner, heads, first, later):
     """Memory raises at any access outside the windows; requests and walks are bounded."""
     bed = Bed().up(F_INDIRECT)
@@ -428,7 +440,7 @@ def test_random_rings_never_lead_outside(table, inner, heads, first, later):
     st.sampled_from([1, 2, 4, 4, 4, 8]),
     st.sampled_from([0, 1, 2, 3, 8, 11, 15, 64, 128, TABLE, AVAILABLE, USED, 0xFFFFFFFF]) | st.integers(0, 2**32 - 1),
 ), max_size=40))  # fmt: skip
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 def test_random_register_writes(writes):
     bed = Bed()
     for offset, size, value in writes:

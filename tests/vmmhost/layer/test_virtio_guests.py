@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from vmgraft.signing.manifest import manifest_from
 from vmgraft.signing.contract import VerifiedExtension
+from vmgraft.signing.manifest import manifest_from
 from vmgraft.vmmhost.core.contract import EndReason
 from vmgraft.vmmhost.core.disk import VerifiedDisk
 from vmgraft.vmmhost.core.machine import Machine

@@ -1,4 +1,4 @@
-"""Windows of guest memory: mapped into the worker they belong to, and nowhere else; by messages where that cannot be."""
+"""Windows of guest memory: mapped into their own worker and nowhere else; by messages where that cannot be."""
 
 import mmap
 import os
@@ -32,16 +32,22 @@ PEEK = """(global $at (mut i64) (i64.const 0))
   (func (export "on_pio_read") (param i32 i32) (result i64)
     (drop (call $read (global.get $at) (i32.const 64) (i32.const 4)))
     (i64.load32_u (i32.const 64)))"""
-POKE = PEEK + """
+POKE = (
+    PEEK
+    + """
   (func (export "on_pio_write") (param $port i32) (param i32) (param $value i32) (result i32)
     (if (i32.eq (local.get $port) (i32.const 4))
       (then (global.set $at (i64.extend_i32_u (local.get $value)))) (else
       (i32.store (i32.const 64) (local.get $value))
       (drop (call $write (global.get $at) (i32.const 64) (i32.const 4)))))
     (i32.const 0))"""
-LOOK = PEEK + """
+)
+LOOK = (
+    PEEK
+    + """
   (func (export "on_pio_write") (param i32 i32) (param $value i32) (result i32)
     (global.set $at (i64.extend_i32_u (local.get $value))) (i32.const 0))"""
+)
 RW, RO = GuestWindow(0x10000, 0x2000, True), GuestWindow(0x20000, 0x1000)
 
 
@@ -74,7 +80,9 @@ def maps(pid):
     """The memory files that a process has mapped: access, bytes, inode and name."""
     text = Path(f"/proc/{pid}/maps").read_text()
     found = re.findall(r"^([0-9a-f]+)-([0-9a-f]+) (\S+) \S+ \S+ (\d+) +(/memfd:.*)$", text, re.MULTILINE)
-    return sorted((access, int(end, 16) - int(start, 16), int(inode), name) for start, end, access, inode, name in found)
+    return sorted(
+        (access, int(end, 16) - int(start, 16), int(inode), name) for start, end, access, inode, name in found
+    )
 
 
 def inode(ram, window):
@@ -181,7 +189,9 @@ def test_a_successor_may_have_more_rights(bench, ram, wat):
     proxy = bench.one(wat(LOOK, READ_ONLY), windows=(window,))
     (host,) = bench.hosts
     host.claim(_Bus())
-    host.replace(ExtensionSpec("org.example.test", "2", wat(POKE, IMPORTS), windows=(GuestWindow(0x20000, 0x1000, True),)))
+    host.replace(
+        ExtensionSpec("org.example.test", "2", wat(POKE, IMPORTS), windows=(GuestWindow(0x20000, 0x1000, True),))
+    )
     assert proxy.state is State.RUNNING
     (proxy,) = host.proxies
     proxy.pio_write(4, 4, 0x20000)
@@ -234,7 +244,7 @@ def test_what_can_be_shared(ram):
 
 
 def test_memory_stays_what_it_was_and_leaves_nothing_behind():
-    before = len(os.listdir("/proc/self/fd"))
+    before = len(list(Path("/proc/self/fd").iterdir()))
     ram = GuestRam(2)
     ram.write(0xFFF0, bytes(range(32)))
     os.close(ram.share(0x10000, 0x1000, writable=False))
@@ -242,7 +252,7 @@ def test_memory_stays_what_it_was_and_leaves_nothing_behind():
     ram.write(0xFFFC, b"12345678")
     assert ram.map[0xFFFC:0x10004] == b"12345678"
     ram.close()
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert len(list(Path("/proc/self/fd").iterdir())) == before
 
 
 def test_only_so_many_are_mapped(ram):

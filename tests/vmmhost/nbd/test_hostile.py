@@ -9,7 +9,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from vmgraft.errors import FileError
+from vmgraft.errors import FileError, HostError
 from vmgraft.vmmhost.nbd._layout import Errno
 from vmgraft.vmmhost.nbd.connection import Budget
 from vmgraft.vmmhost.nbd.negotiation import Negotiation
@@ -229,3 +229,76 @@ def test_no_request_is_unforeseen(world, sent: bytes, structured: bool) -> None:
     client.socket.shutdown(socket.SHUT_WR)
     assert client.is_closed()
     client.socket.close()
+
+
+def test_a_write_that_is_refused_anyway_cannot_stretch_its_time(world) -> None:
+    """Every byte in time, the whole far too late: the bound is on the request, not on its pieces."""
+    world.serve(limits=QUICK)
+    client = world.connect()
+    client.go()
+    client.request(1, 0, 32 << 20)
+    began = time.monotonic()
+    with pytest.raises(OSError):
+        while time.monotonic() - began < 5:
+            client.socket.sendall(b"x" * 1000)
+            time.sleep(0.02)
+    assert time.monotonic() - began < 3
+
+
+def test_writes_that_are_thrown_away_hold_no_memory(world) -> None:
+    """Clients of a read-only export that begin large writes do not keep others from reading."""
+    world.serve(limits=NbdLimits(memory=1, stall_seconds=5))
+    for _ in range(3):
+        slow = world.connect()
+        slow.go()
+        slow.request(1, 0, 32 << 20)
+    client = world.connect()
+    client.go()
+    client.socket.settimeout(2)
+    assert client.read(0, 10) == (0, world.bytes[:10])
+
+
+@pytest.mark.parametrize("served", [0, 1, 2])
+def test_without_threads_the_others_go_on(world, monkeypatch: pytest.MonkeyPatch, served: int) -> None:
+    """A connection for which there is no thread is closed; one that gets fewer than it should works with these."""
+    world.serve()
+    start, left = threading.Thread.start, [served]
+
+    def scarce(thread: threading.Thread) -> None:
+        left[0] -= 1
+        if left[0] < 0:
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(threading.Thread, "start", scarce)
+        client = world.connect()
+        if served:
+            client.go()
+            for _ in range(10):
+                assert client.read(0, 10) == (0, world.bytes[:10])
+        else:
+            assert client.is_closed()
+    serves_on(world)
+
+
+def test_a_request_without_memory_ends_its_connection_alone(world, monkeypatch: pytest.MonkeyPatch) -> None:
+    world.serve()
+    client, parts = world.connect(), world.content.parts
+    client.go()
+
+    def scarce(offset: int, length: int) -> object:
+        if length == 4096:
+            raise MemoryError
+        return parts(offset, length)
+
+    monkeypatch.setattr(world.content, "parts", scarce)
+    client.request(0, 0, 4096)
+    assert client.is_closed(3)
+    serves_on(world)
+
+
+@pytest.mark.parametrize("host", ["a" * 70, "..", "é" * 64, "\udcff"])
+def test_names_that_no_computer_has(world, host: str) -> None:
+    with pytest.raises(HostError, match="no name of a computer"):
+        world.server().listen_tcp(host, 0)

@@ -133,3 +133,23 @@ def test_any_bytes_leave_the_port_in_order(pieces: list[bytes]) -> None:
         port.send(bytes(32) + request(77, 16, 4, 0, 0, 0))
         assert port.answers()[-1] == (77, 0, 20)
         port.api.close()
+
+
+def test_at_the_end_of_a_run_waiting_requests_are_not_answered() -> None:
+    """An extension that asks for the end is not asked again, however much the guest has sent ahead."""
+    ours, guest = socket.socketpair()
+    over: list[bool] = []
+
+    class Last:
+        def hypercall(self, number: int, args: tuple[int, int, int, int]) -> int:
+            over.append(True)
+            return 0
+
+    api = GuestApi(ours, lambda: bool(over))
+    api.claim_hypercall(16, 16, Last(), "org.example.last")
+    with guest:
+        guest.sendall(request(1, 16) * 50)
+        for _ in range(3):
+            api.serve()
+        assert (len(over), api.calls) == (1, 1)
+        api.close()

@@ -277,9 +277,7 @@ def test_a_backing_file_in_another_format_is_refused(host: Host) -> None:
     studio = host.studio
     base, top = studio.folder / "base.img", studio.folder / "top.qcow2"
     base.write_bytes(os.urandom(1 << 20))
-    subprocess.run(
-        ["qemu-img", "create", "-q", "-f", "qcow2", "-b", base.name, "-F", "raw", str(top)], check=True
-    )
+    subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", "-b", base.name, "-F", "raw", str(top)], check=True)
     studio.graft(studio.wat(""), capabilities=["hypercall:16-17"], image=top)
     below = "<backingStore type='file'><format type='{}'/><source file='{}'/>{}</backingStore>"
     good = below.format("raw", base, "<backingStore/>")

@@ -1,5 +1,6 @@
 """The control socket against a QEMU that may have been taken over."""
 
+import contextlib
 import json
 import socket
 import threading
@@ -107,3 +108,25 @@ def test_a_dump_that_is_none_is_a_blank_screen(qemu: FakeQemu, dump: bytes) -> N
     qemu.answer(b'{"return": ' + dump + b"}\n")
     assert read_cells(qemu.qmp) == BLANK
     assert lines_of(BLANK) == [""] * 25
+
+
+def test_a_qemu_that_never_stops_talking_does_not_hold_the_host(qemu: FakeQemu) -> None:
+    stop = threading.Event()
+
+    def talk() -> None:
+        line = b'{"event": "X", "data": {}}\n' * 1000
+        with contextlib.suppress(OSError):
+            while not stop.is_set():
+                qemu.end.sendall(line)
+
+    talker = threading.Thread(target=talk)
+    talker.start()
+    try:
+        for _ in range(3):
+            qemu.qmp.receive()
+        with pytest.raises(HostError, match="does not answer"):
+            qemu.qmp.execute("quit", seconds=0.3)
+    finally:
+        stop.set()
+        qemu.qmp._socket.shutdown(socket.SHUT_RDWR)
+        talker.join()

@@ -131,7 +131,6 @@ class Content:
 
 
 def test_a_guest_that_never_stops_asking(tmp_path: Path) -> None:
-    pytest.importorskip("unicorn", reason="the soft CPU is an extra")
     import wasmtime
 
     guest = tmp_path / "io.bin"

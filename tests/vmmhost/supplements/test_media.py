@@ -289,3 +289,14 @@ def test_a_volume_refuses_writes_as_a_full_disk_does():
     assert (disk.blocks_checked, disk.blocks_written) == (0, 0)
     with pytest.raises(FileError):
         ReadOnlyDisk(Claim(10, b"abc")).read(0, 5)
+
+
+def test_thousands_of_names_that_look_alike_are_told_apart_at_once():
+    """Every new name tries what is free from where the last one found it, not from the beginning."""
+    alike = [("a" * 70 + f"{number:05}", False) for number in range(4000)]
+    crossing = [(f"{'b' * 24}{number:04x}{end}", True) for number in range(2000) for end in "-+"]
+    started = time.process_time()
+    names = volume_names([*alike, *crossing])
+    assert time.process_time() - started < 3  # seconds; it took minutes
+    assert len({name.iso for name in names.values()}) == len({name.joliet for name in names.values()}) == 8000
+    assert names["a" * 70 + "03999"].joliet == "a" * 59 + "_3999"

@@ -8,11 +8,20 @@ import pytest
 from click.testing import CliRunner
 
 from vmgraft.cli.app import cli
-from vmgraft.errors import CapabilityError, GraftFormatError, PayloadMismatchError, UsageError, VmgraftError
+from vmgraft.cli.views import show_list
+from vmgraft.errors import (
+    CapabilityError,
+    GraftFormatError,
+    PayloadMismatchError,
+    RollbackError,
+    UsageError,
+    VmgraftError,
+)
 from vmgraft.imagefmt.contract import Opening
 from vmgraft.imagefmt.graft import open_graft, open_image
 from vmgraft.signing.manifest import parse_manifest
 from vmgraft.signing.policytools import format_policy, init_policy
+from vmgraft.signing.state import RollbackState
 from vmgraft.vendor.graft import AttachOptions, attach
 from vmgraft.vendor.pack import load_package
 from vmgraft.vmmhost.launch import Launcher
@@ -253,3 +262,113 @@ def test_further_images_are_shown_as_one_volume(seed, tmp_path):
     with pytest.raises(VmgraftError) as caught:
         seed.launcher(layers=(tmp_path / "stranger.iso",)).plan()
     assert caught.value.file == str(tmp_path / "stranger.iso")
+
+
+def layer_of(seed, folder, version):
+    """An ISO image whose extension adds a file to what is in it."""
+    path = folder / f"layer{version}.iso"
+    subprocess.run(["xorriso", "-as", "mkisofs", "-quiet", "-o", path, seed.folder / "seed"], check=True)
+    text = MANIFEST.partition("capabilities")[0].replace("securityVersion = 1", f"securityVersion = {version}")
+    text = text.replace(ID, "org.example.layer") + 'capabilities = ["supplement:iso"]\n'
+    (seed.folder / "manifest.toml").write_text(text + '[[supplements]]\nkind = "iso"\nlabel = "L"\nroot = "seed"\n')
+    packed = load_package(seed.folder)
+    attach(path, [packed], [seed.studio.key], AttachOptions(opening=Opening(root=folder)))
+    return path, parse_manifest(packed.manifest)
+
+
+def test_layers_are_compared_with_the_rollback_memory_and_remembered(seed, tmp_path):
+    """A layer is part of what ran: an older one is refused from then on, and a plan alone teaches nothing."""
+    seed.graft()
+    state = tmp_path / "memory" / "state.db"
+    layers, manifests = zip(*(layer_of(seed, tmp_path, version) for version in (1, 2)), strict=True)
+    seed.graft()
+    document = init_policy({"vendor": seed.studio.key.public}, [load_manifest(seed), manifests[0]])
+    document["trustPolicies"][0]["minSecurityVersion"] = {}
+    seed.studio.policy.write_bytes(format_policy(document))
+
+    def highest():
+        with RollbackState(state, writable=False) as memory:
+            return memory.highest("default", "org.example.layer"), memory.highest("default", ID)
+
+    assert seed.launcher(layers=(layers[0],), state=state).run().error is None
+    assert highest() == (1, 1)
+    assert seed.launcher(layers=(layers[1],), state=state).plan().error is None
+    assert highest() == (1, 1)
+    report = seed.launcher(layers=(layers[1],), state=state).run()
+    assert {item["extension"]: item["securityVersion"] for item in report.memory["raised"]} == {"org.example.layer": 2}
+    for start in (seed.launcher(layers=(layers[0],), state=state).plan, seed.launcher(layers=layers, state=state).run):
+        with pytest.raises(RollbackError) as caught:
+            start()
+        assert caught.value.file == str(layers[0])
+    assert highest() == (2, 1)
+
+
+def load_manifest(seed):
+    (seed.folder / "manifest.toml").write_text(MANIFEST)
+    return parse_manifest(load_package(seed.folder).manifest)
+
+
+def test_a_volume_of_layers_does_not_bear_an_extensions_label(seed, tmp_path):
+    layer, manifest = layer_of(seed, tmp_path, 1)
+    seed.graft(MANIFEST.replace("CIDATA", "UNION"))
+    document = init_policy(
+        {"vendor": seed.studio.key.public}, [manifest, parse_manifest(load_package(seed.folder).manifest)]
+    )
+    seed.studio.policy.write_bytes(format_policy(document))
+    with pytest.raises(CapabilityError, match="labelled UNION"):
+        seed.launcher(layers=(layer,)).plan()
+    assert seed.launcher(layers=(layer,), supplements=False).plan().error is None
+
+
+def test_list_names_supplements_unverified(seed):
+    seed.graft()
+    done = CliRunner().invoke(cli, ["list", str(seed.studio.image)], catch_exceptions=False)
+    assert done.stdout.splitlines()[1:] == [
+        "?   supplement iso label CIDATA root seed (1 file)",
+        "?   supplement blocks offset 514 file patch",
+    ]
+    listed = json.loads(CliRunner().invoke(cli, ["list", str(seed.studio.image), "--json"]).stdout)
+    (extension,) = listed["unverified"]["extensions"]
+    assert [item["kind"] for item in extension["supplements"]] == ["iso", "blocks"]
+
+
+@pytest.mark.parametrize("said", [5, "x", {"kind": "iso"}, [None, 1, ["iso"], {}, {"kind": {}, "files": 7}], [{}] * 99])
+def test_list_prints_any_claim(said, capsys):
+    entry = {"id": "a.b", "version": "1", "capabilities": [], "supplements": said}
+    show_list(
+        {"state": "ok", "detail": "", "recordFile": None, "unverified": {"placement": "x", "extensions": [entry]}}
+    )
+    assert len(capsys.readouterr().out.splitlines()) <= 17
+
+
+@pytest.mark.parametrize(
+    ("second", "words"),
+    [
+        ('kind = "iso"\nlabel = "CIDATA"\nroot = "seed"', "both show a volume labelled CIDATA"),
+        ('kind = "blocks"\noffset = 521\nfile = "patch"', "both lay blocks over byte 521"),
+    ],
+)
+def test_verify_reports_supplements_that_clash(seed, monkeypatch, second, words):
+    """Signing refuses them; who signs past that finds a verifier that does too, and a host that starts nothing."""
+    packages = []
+    for name, text in (
+        (ID, MANIFEST),
+        ("org.example.rival", MANIFEST.partition("[[")[0] + f"[[supplements]]\n{second}\n"),
+    ):
+        (seed.folder / "manifest.toml").write_text(text.replace(ID, name))
+        packages.append(load_package(seed.folder))
+    options = AttachOptions(opening=Opening(root=seed.studio.folder))
+    seed.studio.image.write_bytes(seed.disk)
+    with pytest.raises(UsageError, match=words):
+        attach(seed.studio.image, packages, [seed.studio.key], options)
+    with monkeypatch.context() as patched:
+        patched.setattr("vmgraft.signing.statement.first_clash", lambda _manifests: None)
+        attach(seed.studio.image, packages, [seed.studio.key], options)
+    manifests = [parse_manifest(package.manifest) for package in packages]
+    seed.studio.policy.write_bytes(format_policy(init_policy({"vendor": seed.studio.key.public}, manifests)))
+    command = ["verify", str(seed.studio.image), "--policy", str(seed.studio.policy), "--json"]
+    done = CliRunner().invoke(cli, command, standalone_mode=False)
+    assert done.return_value == 17
+    (check,) = [item for item in json.loads(done.stdout)["checks"] if item["name"] == "conflicts"]
+    assert words in check["detail"]
+    assert seed.launcher().plan().error == "capability-denied"

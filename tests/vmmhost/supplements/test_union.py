@@ -5,21 +5,26 @@ import os
 import random
 import subprocess
 import sys
+from contextlib import closing
+from datetime import UTC, datetime
 
 import pytest
 
-from vmgraft.errors import MalformedImageError, UnsupportedError, VmgraftError
+from vmgraft.errors import MalformedImageError, UnsupportedError, UsageError, VmgraftError
 from vmgraft.imagefmt.blob import BytesBlob
 from vmgraft.imagefmt.contract import Opening
 from vmgraft.signing.keys import generate
 from vmgraft.signing.manifest import parse_manifest
 from vmgraft.signing.policytools import format_policy, init_policy
+from vmgraft.signing.state import Ran, RollbackState, create_state
 from vmgraft.vendor.graft import AttachOptions, attach
 from vmgraft.vendor.pack import load_package
+from vmgraft.vmmhost.supplements import isotree
 from vmgraft.vmmhost.supplements.iso import Folder, Link, VolumeFile, build_volume
-from vmgraft.vmmhost.supplements.isotree import has_volume, read_tree
+from vmgraft.vmmhost.supplements.isotree import _Reader, _Record, has_volume, read_tree
 from vmgraft.vmmhost.supplements.media import ReadOnlyDisk
 from vmgraft.vmmhost.supplements.present import EPOCH
+from vmgraft.vmmhost.supplements.rockridge import Attributes
 from vmgraft.vmmhost.supplements.union import merge
 
 LONG = "n" * 200 + ".txt"
@@ -219,6 +224,52 @@ def test_whatever_is_spoilt_ends_in_one_error_of_ours(sound):
     assert 0 < refused < 400
 
 
+def test_a_volume_that_shows_its_bytes_again_and_again_is_refused(sound):
+    """Small on its disk, and without end for whoever copies its files."""
+    for copies in (16, 17):
+        disk = ReadOnlyDisk(BytesBlob(sound))
+        leaf = _Reader(disk, "x")
+        part = _Record(0, disk.size, 0, b"x", Attributes())
+        if copies == 17:
+            with pytest.raises(MalformedImageError, match="16 times as many bytes"):
+                leaf._leaf("x", part, ((0, disk.size),) * copies)
+        else:
+            assert leaf._leaf("x", part, ((0, disk.size),) * copies).data.size == 16 * disk.size
+
+
+def test_a_file_in_more_parts_than_files_have_is_refused(sound, monkeypatch):
+    root = int.from_bytes(sound[32768 + 158 : 32768 + 162], "little") * 2048
+    record = sound.index(b"PLAIN.TXT;1", root) - 33
+    monkeypatch.setattr(isotree, "_MAX_PARTS", 1)
+    read_tree(ReadOnlyDisk(BytesBlob(sound)), name="x")
+    with pytest.raises(MalformedImageError, match="more than 1 parts"):
+        read_tree(spoil(sound, record + 25, b"\x80"), name="x")
+
+
+def test_bounds_of_what_is_read(sound, monkeypatch):
+    disk = ReadOnlyDisk(BytesBlob(sound))
+    for name, limit, error, words in (
+        ("_MAX_PATHS", 50, UnsupportedError, "characters of paths"),
+        ("_MAX_AREAS", 1, MalformedImageError, "continuation areas"),
+        ("MAX_ENTRIES", 3, UnsupportedError, "files and folders"),
+    ):
+        with monkeypatch.context() as patched, pytest.raises(error, match=words):
+            patched.setattr(isotree, name, limit)
+            read_tree(disk, name="x")
+
+
+def test_a_volume_larger_than_any_disc_is_not_written():
+    class Endless:
+        size = (1 << 32) - 1
+
+        def read(self, offset, length):
+            raise AssertionError("nothing of it is to be read")
+
+    tree = {f"f{number}": VolumeFile(Endless()) for number in range(33)}
+    with pytest.raises(UsageError, match="at most 137438953472 allowed"):
+        build_volume("X", tree, created=datetime(2026, 1, 1, tzinfo=UTC))
+
+
 # --- laying over ----------------------------------------------------------------------------------------------------
 
 
@@ -341,10 +392,10 @@ class World:
         attach(self.folder / name, [self.package], [key or self.key], AttachOptions(opening=Opening(root=self.folder)))
         return self.folder / name
 
-    def compose(self, *layers, output="out.iso", **environment):
+    def compose(self, *layers, output="out.iso", state="none"):
         return run(
             sys.executable, "-m", "vmgraft", "compose", *layers, "-o", self.folder / output, "--policy", self.policy,
-            "--json", check=False,
+            "--state", state, "--json", check=False,
         )  # fmt: skip
 
 
@@ -414,3 +465,16 @@ def test_a_layer_that_is_not_as_the_policy_demands_is_refused(world, tmp_path, k
     assert done.returncode == codes[kind], done.stdout
     assert json.loads(done.stdout)["error"]["file"].endswith("bad")
     assert not (tmp_path / "out.iso").exists()
+
+
+def test_a_layer_older_than_what_ran_here_is_refused(world, tmp_path):
+    base = world.layer("base.iso", {"a": b"base"})
+    create_state(tmp_path / "state.db")
+    with closing(RollbackState(tmp_path / "state.db")) as memory:
+        memory.raise_to("default", [Ran("org.example.layer", 2, 1)], statement="0" * 64, when=datetime.now(UTC))
+    before = (tmp_path / "state.db").read_bytes()
+    done = world.compose(base, state=tmp_path / "state.db")
+    assert done.returncode == 16, done.stdout
+    assert json.loads(done.stdout)["error"]["file"] == str(base)
+    assert not (tmp_path / "out.iso").exists()
+    assert (tmp_path / "state.db").read_bytes() == before

@@ -75,13 +75,10 @@ class Operations:
             raise HostError(f"the system refused: {error.strerror or error}", field=request.op.value) from error
 
     def _serve(self, request: Request, fd: int | None) -> dict[str, Any] | Later:
+        looks = {Op.STATUS: self._status, Op.STATS: self._stats, Op.SCREEN: self._screen}
+        if request.op in looks:
+            return looks[request.op]()
         match request.op:
-            case Op.STATUS:
-                return self._status()
-            case Op.STATS:
-                return self._stats()
-            case Op.SCREEN:
-                return self._screen()
             case Op.STOP:
                 self._machine.stop(EndReason.SHUTDOWN, "stopped through the control socket")
                 return {}
@@ -117,8 +114,8 @@ class Operations:
             "virtualNs": machine.now_ns(),
             "exits": dict(machine.cpu.exits),
             "biosCalls": dict(machine.firmware.calls),
-            "blocksChecked": machine.disk.blocks_checked,
-            "blocksWritten": machine.disk.blocks_written,
+            "blocksChecked": sum(use.blocks_checked for use in machine.uses()),
+            "blocksWritten": sum(use.blocks_written for use in machine.uses()),
             "extensions": self._layer.summary(),
         }
 

@@ -36,6 +36,7 @@ class HookedDisk:
     def __init__(self, disk: Disk, services: ServiceTable, number: int) -> None:
         self.inner, self._services, self._number = disk, services, number
         self.size, self.sector_size = disk.size, disk.sector_size
+        self._last_block: int | None = None  # the last that was asked about for a read
         prefetch: Callable[[int, int], None] | None = getattr(disk, "prefetch", None)
         self._reader = None if prefetch is None else ReadAhead(prefetch)
 
@@ -52,7 +53,7 @@ class HookedDisk:
     def read(self, offset: int, length: int) -> bytes:
         """Return bytes as the guest sees them; see `core.drives.Disk`."""
         if self._services.served(Service.DISK) and 0 <= offset <= offset + length <= self.size:
-            self._ask(offset, length, write=False)
+            self._ask_once(offset, length)
         return self.inner.read(offset, length)
 
     def write(self, offset: int, data: bytes) -> None:
@@ -65,6 +66,13 @@ class HookedDisk:
             raise WriteRefusedError("the disk service refused a write")
         self.inner.write(offset, data)
 
+    def _ask_once(self, offset: int, length: int) -> None:
+        """Ask about a read, unless it goes on in the block of the last one: firmware reads sector by sector."""
+        last = max(offset, offset + length - 1) // BLOCK
+        if offset // BLOCK != self._last_block or last != self._last_block:
+            self._last_block = last
+            self._ask(offset, length, write=False)
+
     def _ask(self, offset: int, length: int, *, write: bool) -> bool:
         first = offset // SECTOR
         count = (offset + length + SECTOR - 1) // SECTOR - first
@@ -73,7 +81,7 @@ class HookedDisk:
         return allowed
 
     def _ahead(self, ranges: tuple[tuple[int, int], ...]) -> None:
-        """Have fetched what is hinted at, in whole blocks, up to the budget; what lies outside the drive is left out."""
+        """Have fetched what is hinted at, in whole blocks, up to the budget; what is outside the drive is left out."""
         budget = AHEAD_MAX
         for sector, count in ranges:
             start = min(sector * SECTOR, self.size)

@@ -223,18 +223,19 @@ class KvmCpu(Cpu):
             Why the guest was left, for the caller to deal with; None when it is only time to look around.
         """
         area, fd, ioctl, unpack = self._area, self._vcpu.fd, fcntl.ioctl, abi.EXIT_IO.unpack_from
+        enter, why, ports, union = abi.KVM_RUN, abi.RUN_EXIT_REASON, abi.EXIT_REASON_IO, abi.RUN_UNION
         read, write, served, now = dispatcher.pio_read, dispatcher.pio_write, 0, time.monotonic
         try:
             while True:
                 try:
-                    ioctl(fd, abi.KVM_RUN, 0)
+                    ioctl(fd, enter, 0)
                 except InterruptedError:
                     return INTERRUPTED
                 except OSError as error:
                     return FailedExit(f"KVM_RUN failed: {error.strerror}")
-                if area[abi.RUN_EXIT_REASON] != abi.EXIT_REASON_IO:
+                if area[why] != ports:
                     return self._vcpu.exit()
-                outwards, size, port, count, at = unpack(area, abi.RUN_UNION)
+                outwards, size, port, count, at = unpack(area, union)
                 if count != 1 or size not in _PORT_SIZES:
                     return self._vcpu.exit()
                 served += 1

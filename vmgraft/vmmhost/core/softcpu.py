@@ -188,8 +188,8 @@ class SoftCpu(Cpu):
         if dispatcher.stopping or self._accesses >= _ACCESSES_MAX:
             uc.emu_stop()
 
-    def _read(self, uc: Any, dispatcher: Dispatcher, access: Callable[[int, int], int], address: int, size: int) -> int:
-        """Answer a read. An exception waits for the end of the slice: the engine's binding would print it as well."""
+    def _pass(self, uc: Any, dispatcher: Dispatcher, access: Callable[[int, int], int], address: int, size: int) -> int:
+        """Pass an access on. An exception waits for the end of the slice: the engine's binding would print it too."""
         try:
             value = access(address, size) & ((1 << (8 * size)) - 1)
             self._served(uc, dispatcher)
@@ -212,20 +212,24 @@ class SoftCpu(Cpu):
 
     def _in(self, uc: Any, port: int, size: int, _data: Any) -> int:
         dispatcher = self._count("pio")
-        return self._read(uc, dispatcher, dispatcher.pio_read, port, size)
+        return self._pass(uc, dispatcher, dispatcher.pio_read, port, size)
 
     def _mmio_read(self, uc: Any, offset: int, size: int, start: int) -> int:
         if self._dispatcher is None:  # a snapshot comes back whose tables lie where no memory is
             return (1 << (8 * size)) - 1
         dispatcher = self._count("mmio")
-        return self._read(uc, dispatcher, dispatcher.mmio_read, start + offset, size)
+        return self._pass(uc, dispatcher, dispatcher.mmio_read, start + offset, size)
 
     def _mmio_write(self, uc: Any, offset: int, size: int, value: int, start: int) -> None:
         if self._dispatcher is None:
             return
         dispatcher = self._count("mmio")
-        dispatcher.mmio_write(start + offset, size, value & ((1 << (8 * size)) - 1))
-        self._served(uc, dispatcher)
+
+        def store(address: int, width: int) -> int:
+            dispatcher.mmio_write(address, width, value & ((1 << (8 * width)) - 1))
+            return 0
+
+        self._pass(uc, dispatcher, store, start + offset, size)  # also when an interrupt's frame goes there
 
     def _end_slice(self) -> None:
         (self._memory.settle if self._dispatcher is None else self._uc.emu_stop)()

@@ -18,6 +18,7 @@ from typing import Final
 PAGE: Final = 4096
 #: Name of such files, as /proc/PID/maps shows it.
 NAME: Final = "vmgraft-window"
+_PIECE: Final = 1 << 16
 _MAP_FIXED: Final = 0x10  # asm-generic/mman-common.h
 #: Nobody may cut the file short under a process that maps it: that would be a SIGBUS there (memfd_create(2)).
 _SEALS: Final = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
@@ -81,16 +82,27 @@ class SharedWindows:
             os.fchmod(fd, 0o600)
             os.ftruncate(fd, size)
             fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEALS)
-            with mmap.mmap(fd, size) as copy:
-                copy[:] = self._area[gpa : gpa + size]
-            flags, access = mmap.MAP_SHARED | _MAP_FIXED, mmap.PROT_READ | mmap.PROT_WRITE
-            ctypes.set_errno(0)
-            if _LIBC.mmap(self._address + gpa, size, access, flags, fd, 0) == _FAILED:
-                raise OSError(ctypes.get_errno() or errno.EINVAL, "a window of guest memory cannot be mapped")
+            self._copy(gpa, size, fd)
+            self._put(gpa, size, fd)
         except BaseException:
             os.close(fd)
             raise
         return _Window(gpa, size, fd)
+
+    def _copy(self, gpa: int, size: int, fd: int) -> None:
+        """Copy the RAM into a file; pieces that are all zero, which most are, take no memory there."""
+        zero = bytes(_PIECE)
+        for start in range(gpa, gpa + size, _PIECE):
+            piece = self._area[start : min(start + _PIECE, gpa + size)]
+            if piece != zero[: len(piece)]:
+                os.pwrite(fd, piece, start - gpa)
+
+    def _put(self, gpa: int, size: int, fd: int) -> None:
+        """Map a file in the place of the RAM."""
+        flags, access = mmap.MAP_SHARED | _MAP_FIXED, mmap.PROT_READ | mmap.PROT_WRITE
+        ctypes.set_errno(0)
+        if _LIBC.mmap(self._address + gpa, size, access, flags, fd, 0) == _FAILED:
+            raise OSError(ctypes.get_errno() or errno.EINVAL, "a window of guest memory cannot be mapped")
 
     def close(self) -> None:
         """Close the files; what is mapped stays until the RAM is unmapped."""

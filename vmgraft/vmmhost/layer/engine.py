@@ -146,10 +146,11 @@ class Machine:
     def fuel_used(self) -> int:
         """Return the fuel that the last call used, in units of the engine: about one an instruction."""
         if not self.fast:
-            return self.fuel - self.store.get_fuel()
+            left: int = self.store.get_fuel()
+            return self.fuel - left
         self._fuel_left.value = self.fuel
         _RAW.get_fuel(self._context, self._fuel_address)
-        left: int = self._fuel_left.value
+        left = self._fuel_left.value
         return self.fuel - left
 
     def _bind_public(self, function: Any, signature: Signature) -> Invoke:

@@ -107,7 +107,8 @@ class Refusal(IntEnum):
 
 #: Largest payload of each frame kind that a worker may send.
 _WORKER_PAYLOAD: Final = {
-    Kind.READY: 0, Kind.LOCKED: 0, Kind.REFUSED: MAX_PAYLOAD, Kind.RESULT: FUEL_BYTES, Kind.TRAP: MAX_TEXT, Kind.FUEL: 0, Kind.GUEST_READ: 0,
+    Kind.READY: 0, Kind.LOCKED: 0, Kind.REFUSED: MAX_PAYLOAD, Kind.RESULT: FUEL_BYTES,
+    Kind.TRAP: MAX_TEXT, Kind.FUEL: 0, Kind.GUEST_READ: 0,
     Kind.GUEST_WRITE: MAX_ACCESS_BYTES, Kind.LOG: MAX_LOG_BYTES, Kind.STOP: 0, Kind.SET_TICK: 0,
     Kind.DATA: MAX_PAYLOAD, Kind.ANSWER: MAX_PAYLOAD, Kind.IRQ: 0, Kind.KV_GET: MAX_KEY_BYTES,
     Kind.KV_PUT: MAX_KEY_BYTES + MAX_VALUE_BYTES, Kind.METRIC: MAX_NAME_BYTES, Kind.USED: 0,

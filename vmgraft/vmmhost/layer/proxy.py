@@ -33,10 +33,10 @@ from vmgraft.vmmhost.layer.zygote import Zygote
 _BURST_SECONDS: Final = 0.1
 _LONGEST_DELAY: Final = 1.0
 # Members of an enumeration take long to look up, measured against all else that an access costs here.
-_PIO_READ: Final = (Hook.PIO_READ, Kind.CALL_PIO_READ)
-_PIO_WRITE: Final = (Hook.PIO_WRITE, Kind.CALL_PIO_WRITE)
-_MMIO_READ: Final = (Hook.MMIO_READ, Kind.CALL_MMIO_READ)
-_MMIO_WRITE: Final = (Hook.MMIO_WRITE, Kind.CALL_MMIO_WRITE)
+_PIO_READ, _CALL_PIO_READ = Hook.PIO_READ, Kind.CALL_PIO_READ
+_PIO_WRITE, _CALL_PIO_WRITE = Hook.PIO_WRITE, Kind.CALL_PIO_WRITE
+_MMIO_READ, _CALL_MMIO_READ = Hook.MMIO_READ, Kind.CALL_MMIO_READ
+_MMIO_WRITE, _CALL_MMIO_WRITE = Hook.MMIO_WRITE, Kind.CALL_MMIO_WRITE
 
 
 class State(StrEnum):
@@ -84,9 +84,9 @@ class ExtensionProxy:
         self.store = KvStore() if store is None else store
         self.irqs = IrqLines()
         self._events = LinkEvents(
-            self._log, spec.limits.log_bytes, on_irq=self.irqs.set, store=self.store, on_metrics_full=self._metrics_full,
-            on_fuel=self.meter.burn,
-        )
+            self._log, spec.limits.log_bytes, on_irq=self.irqs.set, store=self.store,
+            on_metrics_full=self._metrics_full, on_fuel=self.meter.burn,
+        )  # fmt: skip
         self._metrics_over = False
         self._interval = 1.0 / spec.limits.calls_per_second
         self._next_call = 0.0
@@ -211,22 +211,22 @@ class ExtensionProxy:
     def pio_read(self, port: int, size: int) -> int:
         """Answer a read of ``size`` bytes from an absolute port."""
         ones = (1 << 8 * size) - 1
-        value = self._call(*_PIO_READ, address=port, size=size)
+        value = self._call(_PIO_READ, _CALL_PIO_READ, address=port, size=size)
         return ones if value is None else value & ones
 
     def pio_write(self, port: int, size: int, value: int) -> None:
         """Take a write to an absolute port."""
-        self._write(self._call(*_PIO_WRITE, address=port, size=size, value=value))
+        self._write(self._call(_PIO_WRITE, _CALL_PIO_WRITE, address=port, size=size, value=value))
 
     def mmio_read(self, gpa: int, size: int) -> int:
         """Answer a read of ``size`` bytes at a guest-physical address."""
         ones = (1 << 8 * size) - 1
-        value = self._call(*_MMIO_READ, address=gpa, size=size)
+        value = self._call(_MMIO_READ, _CALL_MMIO_READ, address=gpa, size=size)
         return ones if value is None else value & ones
 
     def mmio_write(self, gpa: int, size: int, value: int) -> None:
         """Take a write to a guest-physical address."""
-        self._write(self._call(*_MMIO_WRITE, address=gpa, size=size, value=value))
+        self._write(self._call(_MMIO_WRITE, _CALL_MMIO_WRITE, address=gpa, size=size, value=value))
 
     def hypercall(self, number: int, args: tuple[int, int, int, int]) -> int:
         """Answer a hypercall; all ones where nobody does."""
@@ -267,7 +267,9 @@ class ExtensionProxy:
             self._abandon()
             raise
         self.meter.add(time.monotonic_ns() - began)
-        self._after_call()
+        events = self._events
+        if events.tick_ns is not None or events.stop_asked:
+            self._after_call()
         return result
 
     def exchange(

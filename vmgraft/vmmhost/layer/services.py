@@ -90,6 +90,11 @@ class Services:
         """Return the fuel that the last call used."""
         return 0 if self._machine is None else self._machine.fuel_used()
 
+    def refuel(self) -> None:
+        """Begin a call that may do without the module: so far it used no fuel."""
+        if self._machine is not None:
+            self._machine.store.set_fuel(self._machine.fuel)
+
     def _load(self, pointer: int, length: int) -> bytes:
         self._check(pointer, length)
         return bytes(self._memory.read(self._store, pointer, pointer + length))

@@ -34,7 +34,8 @@ _QUEUE_ADDRESSES: Final = {
     0x080: (0, 0), 0x084: (0, 32), 0x090: (1, 0), 0x094: (1, 32), 0x0A0: (2, 0), 0x0A4: (2, 32),
 }  # fmt: skip
 _QUEUE_NUM, _QUEUE_READY = 0x038, 0x044
-_SHARED_MEMORY: Final = range(0x0B0, 0x0C0)  # SHMLenLow to SHMBaseHigh: none here, which all ones say
+#: What never changes; all ones from SHMLenLow to SHMBaseHigh say that there is no shared memory.
+_CONSTANT: Final = {0x000: MAGIC, 0x004: VERSION, 0x00C: VENDOR, **dict.fromkeys(range(0x0B0, 0x0C0, 4), _ONES32)}
 
 _HEAD: Final = struct.Struct("<4sIBBBQIII")
 _QUEUE: Final = struct.Struct("<HBQQQH")
@@ -111,28 +112,23 @@ class VirtioMmio:
         return 0 if size != 4 or offset % 4 else self._register(offset) & _ONES32
 
     def _register(self, offset: int) -> int:
-        queue = self._queues[self._selected] if self._selected < len(self._queues) else None
+        queue = self._queues[self._selected] if self._selected < len(self._queues) else _Queue(0, 0, [])
         match offset:
-            case 0x000:
-                return MAGIC
-            case 0x004:
-                return VERSION
             case 0x008:
-                return self._shape.device
-            case 0x00C:
-                return VENDOR
+                value = self._shape.device
             case 0x010:
-                return self._offered >> 32 * self._offered_word if self._offered_word < 2 else 0
+                value = self._offered >> 32 * self._offered_word if self._offered_word < 2 else 0
             case 0x034:
-                return 0 if queue is None else queue.most
+                value = queue.most
             case 0x044:
-                return int(queue is not None and queue.ready)
+                value = int(queue.ready)
             case 0x060:
-                return self._interrupts
+                value = self._interrupts
             case 0x070:
-                return self._status
+                value = self._status
             case _:
-                return _ONES32 if offset in _SHARED_MEMORY else 0
+                value = _CONSTANT.get(offset, 0)
+        return value
 
     def write(self, offset: int, size: int, value: int) -> None:
         """Take a write; what makes no sense is dropped."""

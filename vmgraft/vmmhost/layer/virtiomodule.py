@@ -1,4 +1,4 @@
-"""Between a virtio device's registers and the module that is the device: hooks of a module, with the device's own around.
+"""Between a virtio device's registers and the module that is the device: a module's hooks, with the device in front.
 
 Every hook may have asked to look at a queue again (``virtio_kick``), which is done when it has returned.
 """
@@ -24,6 +24,8 @@ class CallData(Protocol):
     answer: bytes
     room: int
     kick: Callable[[int], None]
+
+    def refuel(self) -> None: ...  # noqa: D102
 
 
 class ModuleDevice:
@@ -96,16 +98,17 @@ def attach_virtio(
     device = VirtioMmio(shape, view, ModuleDevice(hooks, call), irq, note)
     call.kick = device.kick
     fronted = {**hooks, **_registers(shape, device, hooks), **_keeping(device, hooks, call)}
-    return {hook: _settled(device, invoke) for hook, invoke in fronted.items()}
+    return {hook: _settled(device, call, invoke) for hook, invoke in fronted.items()}
 
 
-def _settled(device: VirtioMmio, invoke: Invoke) -> Invoke:
-    def call(*args: int) -> int:
+def _settled(device: VirtioMmio, call: CallData, invoke: Invoke) -> Invoke:
+    def settled(*args: int) -> int:
+        call.refuel()
         result = invoke(*args)
         device.settle()
         return result
 
-    return call
+    return settled
 
 
 def _registers(shape: VirtioShape, device: VirtioMmio, hooks: Mapping[Hook, Invoke]) -> dict[Hook, Invoke]:

@@ -40,20 +40,17 @@ class VirtioShape:
 
     def problem(self) -> str | None:
         """Say what is out of bounds, or None."""
-        if not 1 <= self.device <= MAX_DEVICE:
-            return f"device type {self.device} is not between 1 and {MAX_DEVICE}"
-        if self.base % 4 or not 0 <= self.base <= (1 << 52) - BLOCK_BYTES:
-            return f"registers at {self.base:#x}, which is no address for them"
-        if not 0 <= self.irq <= 15:
-            return f"interrupt line {self.irq} does not exist"
-        if not 1 <= len(self.queues) <= MAX_QUEUES:
-            return f"{len(self.queues)} queues, where 1 to {MAX_QUEUES} are possible"
-        for size in self.queues:
-            if not 1 <= size <= MAX_QUEUE_SIZE or size & (size - 1):
-                return f"a queue of {size}, which is no power of two up to {MAX_QUEUE_SIZE}"
-        if not 0 <= self.features < 1 << FEATURE_BITS:
-            return f"feature bits {self.features:#x} beyond 0 to {FEATURE_BITS - 1}"
-        return None
+        odd = [size for size in self.queues if not 1 <= size <= MAX_QUEUE_SIZE or size & (size - 1)]
+        base_fits = not self.base % 4 and 0 <= self.base <= (1 << 52) - BLOCK_BYTES
+        checks = (
+            (1 <= self.device <= MAX_DEVICE, f"device type {self.device} is not between 1 and {MAX_DEVICE}"),
+            (base_fits, f"registers at {self.base:#x}, which is no address for them"),
+            (0 <= self.irq <= 15, f"interrupt line {self.irq} does not exist"),
+            (1 <= len(self.queues) <= MAX_QUEUES, f"{len(self.queues)} queues, where 1 to {MAX_QUEUES} are possible"),
+            (not odd, f"a queue of {odd[0] if odd else 0}, which is no power of two up to {MAX_QUEUE_SIZE}"),
+            (0 <= self.features < 1 << FEATURE_BITS, f"feature bits {self.features:#x} beyond 0 to {FEATURE_BITS - 1}"),
+        )
+        return next((words for fine, words in checks if not fine), None)
 
     def pack(self) -> bytes:
         """Return the form in which a worker is told."""

@@ -64,7 +64,7 @@ def unpack_windows(data: bytes) -> tuple[Window, ...]:
     return tuple(Window(gpa, size, bool(flag & _WRITABLE), bool(flag & _MAPPED)) for gpa, size, flag in found)
 
 
-# --- in the host -------------------------------------------------------------------------------------------------------
+# --- in the host ------------------------------------------------------------------------------------------------------
 
 
 class _Sharing(Protocol):
@@ -111,7 +111,7 @@ def close_shared(shared: Sequence[Shared]) -> None:
         os.close(each.fd)
 
 
-# --- in the worker -----------------------------------------------------------------------------------------------------
+# --- in the worker ----------------------------------------------------------------------------------------------------
 
 
 class Messages(Protocol):

@@ -115,7 +115,8 @@ def _drive(number: int, drive: NbdDrive) -> list[str]:
             device["bootindex"] = "1"  # 0 is taken by a kernel that is started directly
     elif drive.boot:
         more = ["-boot", "order=a"]
-    return [*more, "-blockdev", json.dumps(blockdev), "-device", ",".join(f"{key}={value}" for key, value in device.items())]
+    shown = ",".join(f"{key}={value}" for key, value in device.items())
+    return [*more, "-blockdev", json.dumps(blockdev), "-device", shown]
 
 
 def _direct(direct: Direct | None) -> list[str]:

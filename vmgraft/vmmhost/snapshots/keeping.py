@@ -53,6 +53,8 @@ class Keeping:
                 later.outcome = self._keep(plan, own)
             except VmgraftError as error:
                 later.outcome = error
+            except MemoryError:
+                later.outcome = HostError("there is no memory for a copy of the guest", field="snapshot")
             except OSError as error:
                 later.outcome = HostError(f"the snapshot cannot be written: {error.strerror}", field="snapshot")
             finally:

@@ -3,7 +3,7 @@
         begin
         cli
         mov     bp, 0x7000
-        mov     ecx, 1500000
+        mov     ecx, 400000
         xor     ebx, ebx
 .loop:  mov     edx, [bp-12]
         inc     ebx

@@ -47,7 +47,9 @@ class ScsiCd:
             **dict.fromkeys((0x00, 0x1B, 0x1E, 0x2F, 0x35), lambda _command, _room: Answer()),
             0x03: lambda command, _room: Answer(bytes((0x70, 0, 0, 0, 0, 0, 0, 10, *bytes(10)))[: command[4]]),
             0x12: self._inquiry,
-            0x25: lambda _command, _room: Answer(struct.pack(">II", min(max(0, self._sectors - 1), 0xFFFFFFFF), CD_SECTOR)),
+            0x25: lambda _command, _room: Answer(
+                struct.pack(">II", min(max(0, self._sectors - 1), 0xFFFFFFFF), CD_SECTOR)
+            ),
             0x28: lambda command, room: self._read(struct.unpack_from(">IxH", command, 2), room),
             0xA8: lambda command, room: self._read(struct.unpack_from(">II", command, 2), room),
             0x43: self._contents,
@@ -59,6 +61,10 @@ class ScsiCd:
         """Execute a command block of at least 16 bytes whose answer may have ``room`` bytes."""
         execute = self._commands.get(command[0])
         return _failed(_INVALID_COMMAND) if execute is None else execute(command, room)
+
+    def _last(self) -> int:
+        """Return the last sector's number, as far as 32 bits can tell."""
+        return min(max(0, self._sectors - 1), 0xFFFFFFFF)
 
     def _inquiry(self, command: bytes, _room: int) -> Answer:
         if command[1] & 1:  # vital product data: none
