@@ -4,7 +4,7 @@ The image is Debian's GRUB rescue ISO with a kernel added, which GRUB loads on t
 from such a boot first. What can be gained is the time that the guest waits for the disk, which is reported by itself:
 decompression and hashing move to another processor, and slow storage is asked for much at a time. How much of the whole
 boot that is depends on the storage, and on a second processor that is free; with a plain local image there is next to
-nothing to gain.
+nothing to gain, and on a busy machine asking the extension costs more than local reading.
 """
 
 from __future__ import annotations

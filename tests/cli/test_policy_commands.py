@@ -84,7 +84,8 @@ def test_init_check_sign_explain(place: Path) -> None:
     assert "capabilities would pass by any of:" in shown and '{"op": "add"' in shown
     assert "together" not in shown and "note:" not in shown
     bare = json.loads((place / "bare.json").read_text())
-    bare["trustPolicies"][0] |= {"minSecurityVersion": {edit["path"].rpartition("/")[2]: 9}, "rollbackState": "required"}
+    extension = edit["path"].rpartition("/")[2]
+    bare["trustPolicies"][0] |= {"minSecurityVersion": {extension: 9}, "rollbackState": "required"}
     (place / "steps.json").write_text(json.dumps(bare))
     shown = call(place, "policy", "explain", "disk.img", "--policy", "steps.json", code=16).stdout
     assert "rollback takes several of these together:\n  - name the rollback memory of this host: --state\n" in shown

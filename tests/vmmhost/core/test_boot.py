@@ -19,8 +19,8 @@ GRUB = Path("/usr/lib/grub-rescue")
 MEMTEST = Path("/usr/lib/memtest86+/memtest86+x64.iso")
 CATALOGUE = 20
 PROGRAM = 24
-#: A guest that takes longer to GRUB's command line may be so slow that GRUB, which keeps blocks for 2 seconds, reads some
-#: of them again.
+#: A guest that takes longer to GRUB's command line may be so slow that GRUB, which keeps blocks for 2 seconds, reads
+#: some of them again.
 DAWDLES_SECONDS = 20
 
 
