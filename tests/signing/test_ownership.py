@@ -15,6 +15,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from child import said_by_child
 
 from vmgraft.errors import StateError
 from vmgraft.signing import ownership
@@ -86,17 +87,7 @@ def test_here_there_is_none():
 
 def in_namespace(place: Path, inside: int | None) -> str:
     """Make and open a memory in a user namespace, as a user who is not root outside, and ``inside`` in it."""
-    reading, writing = os.pipe()
-    child = os.fork()
-    if child == 0:
-        try:
-            os.write(writing, _enter(inside) or _make(place))
-        finally:
-            os._exit(0)
-    os.close(writing)
-    with open(reading, "rb") as answer:
-        said = answer.read().decode()
-    os.waitpid(child, 0)
+    said = said_by_child(lambda: _enter(inside) or _make(place))
     if said.startswith("cannot:"):
         pytest.skip(f"no user namespaces here: {said}")
     return said

@@ -16,6 +16,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
+from child import said_by_child
 
 from vmgraft.cli import app
 from vmgraft.errors import PolicyError, RollbackError, StateError, UsageError, VmgraftError
@@ -568,22 +569,16 @@ def test_a_full_or_failing_disk_at_every_write(path, calls, reason):
 
 def as_owner_without_rights(folder: Path, action) -> str:
     """Run something in a child that owns the folder and is not root; return what it says."""
-    reading, writing = os.pipe()
-    child = os.fork()
-    if child == 0:
+
+    def act() -> bytes:
+        if os.getuid() == 0:
+            os.setresuid(65534, 65534, 65534)
         try:
-            if os.getuid() == 0:
-                os.setresuid(65534, 65534, 65534)
-            os.write(writing, repr(action()).encode())
+            return repr(action()).encode()
         except VmgraftError as error:
-            os.write(writing, f"{type(error).__name__}: {error}".encode())
-        finally:
-            os._exit(0)
-    os.close(writing)
-    with open(reading, "rb") as answer:
-        said = answer.read().decode()
-    os.waitpid(child, 0)
-    return said
+            return f"{type(error).__name__}: {error}".encode()
+
+    return said_by_child(act)
 
 
 @pytest.mark.parametrize(("file_mode", "folder_mode"), [(0o400, 0o700), (0o400, 0o500), (0o600, 0o500)])

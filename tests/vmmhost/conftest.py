@@ -2,7 +2,7 @@
 
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -58,9 +58,22 @@ class Studio:
         data = canonical_manifest(manifest)
         if image is None:
             self.image.write_bytes(self.guest.ljust(1 << 20, b"\0"))
-        package = Package("org.example.culprit", "1.0", data, module)
-        attach(image or self.image, [package], [self.key], AttachOptions(opening=Opening(root=self.folder)))
-        document = init_policy({"vendor": self.key.public}, [parse_manifest(data)])
+        self.attach(Package("org.example.culprit", "1.0", data, module), image=image)
+
+    def attach(self, *packages: Package, image: Path | None = None, grant: Sequence[str] | None = None) -> None:
+        """Attach extensions to an image, and write a policy that grants each all that it asks for.
+
+        Args:
+            packages: The extensions.
+            image: Where to; by default the studio's own.
+            grant: The capabilities that each is granted instead.
+        """
+        attach(image or self.image, packages, [self.key], AttachOptions(opening=Opening(root=self.folder)))
+        manifests = [parse_manifest(package.manifest) for package in packages]
+        document = init_policy({"vendor": self.key.public}, manifests)
+        if grant is not None:
+            for granted in document["trustPolicies"][0]["grants"].values():
+                granted["capabilities"] = grant
         self.policy.write_bytes(format_policy(document))
 
     def boot_code(self, code: bytes) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from assembling import GUESTS, nasm
 
 LONG_CALLS = {"memoryMiB": 1, "fuelPerCall": 1_000_000_000, "callMs": 3000, "logBytes": 1024}
 SPIN = bytes.fromhex("ebfe")
@@ -96,10 +97,9 @@ def test_sigterm_while_a_worker_starts(studio) -> None:
 
 def test_the_confined_program_has_all_it_needs(studio, cpu: str) -> None:
     """Backing files are read late, workers restarted and outputs written after rights are given up."""
-    source = Path(__file__).parent / "guests" / "far.asm"
+    code = nasm(GUESTS / "far.asm")
     base, image, folder = studio.folder / "base.img", studio.folder / "over.qcow2", studio.folder
-    subprocess.run(["nasm", "-f", "bin", "-o", base, source], check=True)
-    base.write_bytes(b"".join(b"%05d" % number + bytes(65531) if number else base.read_bytes() + bytes(65024)
+    base.write_bytes(b"".join(b"%05d" % number + bytes(65531) if number else code + bytes(65024)
                               for number in range(64)))  # fmt: skip
     create = ["qemu-img", "create", "-q", "-f", "qcow2", "-b", base.name, "-F", "raw", image]
     subprocess.run(create, check=True)

@@ -6,18 +6,18 @@ import sys
 from pathlib import Path
 
 import pytest
+from assembling import GUESTS, nasm
 
 from vmgraft.errors import GraftFormatError
 from vmgraft.imagefmt.contract import Opening
-from vmgraft.signing.manifest import manifest_from, parse_manifest
-from vmgraft.signing.policytools import format_policy, init_policy
-from vmgraft.vendor.graft import AttachOptions, attach
+from vmgraft.signing import virtio as signed
+from vmgraft.signing.manifest import manifest_from
 from vmgraft.vendor.pack import load_package
 from vmgraft.vmmhost.launch import Launcher
+from vmgraft.vmmhost.layer import virtioshape
 from vmgraft.vmmhost.plan import RunOptions
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
-GUESTS = Path(__file__).parent / "guests"
 
 
 @pytest.fixture
@@ -25,13 +25,8 @@ def graft(studio):
     """Give ``graft(guest, *examples)``: an image that boots a guest, with examples that a policy grants in full."""
 
     def build(guest, *names):
-        command = ["nasm", "-f", "bin", "-I", f"{GUESTS}/", "-o", "/dev/stdout", str(GUESTS / f"{guest}.asm")]
-        code = subprocess.run(command, check=True, capture_output=True).stdout
-        studio.image.write_bytes(code.ljust(4 << 20, b"\0"))
-        packages = [load_package(EXAMPLES / name) for name in names]
-        attach(studio.image, packages, [studio.key], AttachOptions(opening=Opening(root=studio.folder)))
-        manifests = [parse_manifest(package.manifest) for package in packages]
-        studio.policy.write_bytes(format_policy(init_policy({"vendor": studio.key.public}, manifests)))
+        studio.image.write_bytes(nasm(GUESTS / f"{guest}.asm").ljust(4 << 20, b"\0"))
+        studio.attach(*(load_package(EXAMPLES / name) for name in names))
         return studio
 
     return build
@@ -111,6 +106,10 @@ def test_a_manifest_whose_device_makes_no_sense(virtio, claims, words):
         manifest_from(manifest(virtio, claims))
     assert words in caught.value.message
     assert caught.value.field.startswith("virtio")
+
+
+def test_signer_and_host_mean_the_same_registers():
+    assert signed.REGISTER_BYTES == virtioshape.BLOCK_BYTES
 
 
 def test_a_device_needs_a_module():

@@ -4,12 +4,12 @@ import dataclasses
 import hashlib
 import json
 import shutil
-import subprocess
 import types
 from pathlib import Path
 from typing import Any
 
 import pytest
+from assembling import GUESTS, booting, nasm
 from click.testing import CliRunner
 
 from vmgraft.cli.app import cli
@@ -68,10 +68,7 @@ def events(studio) -> list[str]:
 
 
 def test_config_ticks_and_every_hypercall_reach_the_module(studio, cpu: str) -> None:
-    binary = studio.folder / "wiring.bin"
-    source = Path(__file__).parent / "guests" / "wiring.asm"
-    subprocess.run(["nasm", "-f", "bin", "-o", binary, source], check=True)
-    studio.boot_code(binary.read_bytes()[:510])
+    studio.boot_code(nasm(GUESTS / "wiring.asm")[:510])
     capabilities = ["log", "tick", "pio:0x510-0x517", "hypercall:16-17"]
     studio.graft(studio.wat(TELLER, TELLER_IMPORTS), config="wired up", capabilities=capabilities)
     result = launcher(studio, cpu=cpu).run().result
@@ -248,15 +245,9 @@ def test_required_extensions_cannot_be_left_out(studio, monkeypatch) -> None:
 
 
 def test_without_extensions_the_trace_is_the_bare_machines(studio) -> None:
-    class Content:
-        sector_size, virtual_size = 512, 1 << 20
-
-        def read(self, offset: int, length: int) -> bytes:
-            return studio.guest.ljust(1 << 20, b"\0")[offset : offset + length]
-
     studio.graft(studio.wat(studio.ONES))
     result = launcher(studio, extensions=False, trace=True).run().result
-    disk = VerifiedDisk(Content(), lambda _index, _block: True)
+    disk = VerifiedDisk(booting(studio.guest), lambda _index, _block: True)
     with Machine(Engine.SOFT, disk, trace=True, rtc_epoch=0, timeout=60) as machine:
         bare = machine.run()
     assert result is not None

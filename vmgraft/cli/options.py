@@ -7,9 +7,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 
 import click
+
+if TYPE_CHECKING:
+    from vmgraft.signing.keys import PublicKey
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -67,20 +70,55 @@ def policy_trust_options(function: F) -> F:
     )(function)  # fmt: skip
 
 
-def memory_option(function: F) -> F:
-    """``--state`` of a host: where it remembers; the user's own memory unless another, or ``none``, is named."""
+@dataclass(frozen=True, slots=True)
+class HostTrust:
+    """What a host decides by.
+
+    Attributes:
+        policy: The trust policy file.
+        key_files: Public keys of which one must have signed it.
+        signed: Refuse a policy that is not signed.
+        state: Where the host remembers; None to remember nothing.
+    """
+
+    policy: Path
+    key_files: tuple[Path, ...]
+    signed: bool
+    state: Path | None
+
+    def keys(self) -> tuple[PublicKey, ...]:
+        """Read the public keys."""
+        from vmgraft.signing.keyfiles import load_public
+
+        return tuple(map(load_public, self.key_files))
+
+
+def host_trust_options(function: F) -> F:
+    """Policy, its signers, and ``--state``: where the host remembers; the command gets one ``trust``.
+
+    The memory is the user's own unless another, or ``none``, is named.
+    """
 
     @functools.wraps(function)
-    def command(*args: Any, state: str | None, **kwargs: Any) -> Any:
+    def command(
+        *args: Any, policy_path: Path, policy_keys: tuple[Path, ...], signed_policy: bool, state: str | None,
+        **kwargs: Any,
+    ) -> Any:  # fmt: skip
         from vmgraft.signing.statefile import default_path
 
         path = default_path() if state is None else None if state == "none" else Path(state)
-        return function(*args, state=path, **kwargs)
+        return function(*args, trust=HostTrust(policy_path, policy_keys, signed_policy, path), **kwargs)
 
-    return cast("F", click.option(
-        "--state", metavar="FILE|none",
-        help="Rollback memory of this host (default: ~/.local/state/vmgraft/state.db). none: remember nothing.",
-    )(command))  # fmt: skip
+    for option in (
+        click.option(
+            "--state", metavar="FILE|none",
+            help="Rollback memory of this host (default: ~/.local/state/vmgraft/state.db). none: remember nothing.",
+        ),
+        policy_trust_options,
+        policy_option,
+    ):  # fmt: skip
+        command = option(command)
+    return cast("F", command)
 
 
 def quiet_option(function: F) -> F:

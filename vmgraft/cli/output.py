@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 from typing import TYPE_CHECKING, Any, TextIO
@@ -28,6 +28,20 @@ def emit_json(document: dict[str, Any]) -> None:
 def emit_ok(document: dict[str, Any]) -> None:
     """Print the JSON object of a success: ``ok`` and ``exitCode`` first."""
     emit_json({"ok": True, "exitCode": OK, **document})
+
+
+def emit_or_show(document: dict[str, Any], as_json: bool, show: Callable[[dict[str, Any]], None]) -> None:
+    """Print the answer of a success, for programs or for people.
+
+    Args:
+        document: The answer.
+        as_json: Print it as one JSON object.
+        show: Prints it for people.
+    """
+    if as_json:
+        emit_ok(document)
+    else:
+        show(document)
 
 
 def report_error(error: VmgraftError, as_json: bool) -> int:

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Final
 
-from vmgraft.errors import VmgraftError
 from vmgraft.signing.contract import Check, Evidence, Report, Status
 from vmgraft.signing.memory import Memory
+from vmgraft.signing.once import Once
 from vmgraft.signing.patches import Remedy
 from vmgraft.signing.policymodel import Policy
 from vmgraft.signing.remedies import remedies
@@ -76,7 +76,7 @@ def explain_evidence(
     Raises:
         UsageError: ``now`` has no zone.
     """
-    once = None if memory is None else _Once(memory)
+    once = None if memory is None else _OnceAsked(memory)
     judgement = judge_evidence(
         evidence, policy, image_name=image_name, now=now, check_content=check_content, memory=once
     )
@@ -88,24 +88,15 @@ def explain_evidence(
     return Explanation(report, found, (*(_notes(policy) if edited else ()), *((CUT,) if cut else ())))
 
 
-class _Once:
+class _OnceAsked:
     """A rollback memory of which nothing is asked twice: every edit that is tried would."""
 
     def __init__(self, memory: Memory) -> None:
         self._memory = memory
-        self._known: dict[tuple[str, str], int | VmgraftError | None] = {}
+        self._known: Once[tuple[str, str], int | None] = Once()
 
     def highest(self, policy: str, extension: str) -> int | None:
-        question = policy, extension
-        if question not in self._known:
-            try:
-                self._known[question] = self._memory.highest(policy, extension)
-            except VmgraftError as exc:
-                self._known[question] = exc
-        found = self._known[question]
-        if isinstance(found, VmgraftError):
-            raise found
-        return found
+        return self._known.get((policy, extension), lambda: self._memory.highest(policy, extension))
 
 
 def _notes(policy: Policy) -> tuple[str, ...]:

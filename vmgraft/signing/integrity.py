@@ -29,6 +29,7 @@ from vmgraft.signing.dsse import Envelope, parse_envelope
 from vmgraft.signing.judge import Signers, judge_signatures
 from vmgraft.signing.keys import PublicKey
 from vmgraft.signing.manifest import lower_limits, stricter_fault
+from vmgraft.signing.once import Once
 from vmgraft.signing.payloads import FoundExtension, find_extension
 from vmgraft.signing.policymodel import Grant, TrustPolicy
 from vmgraft.signing.statement import CONTENT_SUBJECT, ImageClaim, Statement, parse_statement
@@ -91,7 +92,7 @@ class Run:
         self.named: tuple[tuple[str, str], ...] = ()
         self.policy: TrustPolicy | None = None
         self.grants: dict[str, Grant] = {}
-        self._content: dict[bool, ContentNames | VmgraftError] = {}
+        self._content: Once[bool, ContentNames] = Once()
 
     # --- verdicts
 
@@ -211,15 +212,7 @@ class Run:
             VmgraftError: it cannot be read.
         """
         flat = flat or True in self._content
-        if flat not in self._content:
-            try:
-                self._content[flat] = self.evidence.content(flat)
-            except VmgraftError as exc:
-                self._content[flat] = exc
-        found = self._content[flat]
-        if isinstance(found, VmgraftError):
-            raise found
-        return found
+        return self._content.get(flat, lambda: self.evidence.content(flat))
 
     def _content_check(self) -> None:  # 6
         if self.statement is None or self.statement.image is None:

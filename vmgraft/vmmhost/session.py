@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from vmgraft.errors import NotBootableError, UsageError
 from vmgraft.vmmhost.control.operations import Operations
@@ -25,10 +25,10 @@ from vmgraft.vmmhost.layer.proxy import State
 from vmgraft.vmmhost.layer.zygote import Zygote
 from vmgraft.vmmhost.pinning import pinned
 from vmgraft.vmmhost.plan import DirectFiles
-from vmgraft.vmmhost.setup import Console, Setup
+from vmgraft.vmmhost.setup import Console, LayerLog, Setup
 from vmgraft.vmmhost.snapshots.container import SnapshotFile
 from vmgraft.vmmhost.snapshots.keeping import bring_back
-from vmgraft.vmmhost.supplements.cpio import pad
+from vmgraft.vmmhost.supplements.present import Presented
 from vmgraft.vmmhost.supplements.wire import present_plan
 from vmgraft.vmmhost.tape.record import Recorder, RecordingZygote, require_repeatable
 from vmgraft.vmmhost.tape.replay import Replayer, ReplayZygote
@@ -51,7 +51,7 @@ class CoreSession:
 
     def __init__(self, setup: Setup, stack: ExitStack) -> None:
         self._setup, self._stack = setup, stack
-        self._stop_requested = False
+        self._layer = LayerLog(setup.log.write)
         self._control: ControlServer | None = None
         self._tape: Recorder | Replayer | None = None
 
@@ -81,8 +81,8 @@ class CoreSession:
         host = ExtensionHost(
             setup.specs,
             memory=machine.memory,
-            audit=self._audit,
-            stop=lambda detail: machine.stop(self._stop_reason(), detail),
+            audit=self._layer.write,
+            stop=lambda detail: machine.stop(self._layer.stop_reason(), detail),
             clock=machine.now_ns,
             time_left=machine.time_left,
             deterministic_seed=setup.options.seed if tape is None else tape.seed,
@@ -181,7 +181,7 @@ class CoreSession:
                 Engine(setup.plan.cpu) if tape is None else Engine.SOFT,
                 presented.disk,
                 drives=presented.drives,
-                direct=_direct(setup.plan.direct, presented.initrd, str(options.kernel)),
+                direct=_direct(setup.plan.direct, presented, str(options.kernel)),
                 firmware=FirmwareKind(options.firmware),
                 bios=setup.bios,
                 memory_mib=options.memory_mib,
@@ -198,22 +198,14 @@ class CoreSession:
             error.file = error.file or setup.plan.image  # the core knows content, not files
             raise
 
-    def _audit(self, event: str, detail: dict[str, Any]) -> None:
-        """Write an event of the layer; remember whether a stop was asked for or is a penalty."""
-        self._stop_requested = event == "stop-request"
-        self._setup.log.write(event, detail)
 
-    def _stop_reason(self) -> EndReason:
-        return EndReason.SHUTDOWN if self._stop_requested else EndReason.FAULT
-
-
-def _direct(files: DirectFiles | None, supplement: bytes, name: str) -> DirectBoot | None:
+def _direct(files: DirectFiles | None, presented: Presented, name: str) -> DirectBoot | None:
     """Return the kernel to enter, with what extensions add to its initial RAM disk.
 
     Raises:
         UsageError: there is such a supplement, but no kernel.
     """
-    if files is None and supplement:
+    if files is None and presented.initrd:
         raise UsageError(
             "an extension adds to the initial RAM disk, but the guest starts from its own disk",
             field="supplements",
@@ -221,8 +213,7 @@ def _direct(files: DirectFiles | None, supplement: bytes, name: str) -> DirectBo
         )
     if files is None:
         return None
-    initrd = files.initrd + pad(len(files.initrd)) + supplement if supplement else files.initrd
-    return DirectBoot(files.kernel, initrd, files.append, name=name)
+    return DirectBoot(files.kernel, presented.with_initrd(files.initrd), files.append, name=name)
 
 
 class _ConsoleFeed:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from vmgraft.imagefmt.contract import Image
 from vmgraft.imagefmt.graft import Graft
 from vmgraft.imagefmt.tree import ContentTree
 from vmgraft.signing.policy import Policy
 from vmgraft.vmmhost.audit import AuditLog
+from vmgraft.vmmhost.core.contract import EndReason
 from vmgraft.vmmhost.core.seabios import FirmwareImage
 from vmgraft.vmmhost.layer.spec import ExtensionSpec
 from vmgraft.vmmhost.plan import LaunchPlan, RunOptions
@@ -75,3 +76,24 @@ class Setup:
         self.memory.remember(self.report.verification, plan.extensions, ready, plan.statement_sha256, shown)
         if self.memory.path is not None:
             self.log.write("remember", self.memory.to_dict() or {})
+
+
+class LayerLog:
+    """Writes what the layer tells to the audit log, and knows why it wants the guest stopped.
+
+    Args:
+        write: Writes an event.
+    """
+
+    def __init__(self, write: Callable[[str, dict[str, Any]], None]) -> None:
+        self._write = write
+        self._asked = False
+
+    def write(self, event: str, detail: dict[str, Any]) -> None:
+        """Write an event of the layer; remember whether a stop was asked for or is a penalty."""
+        self._asked = event == "stop-request"
+        self._write(event, detail)
+
+    def stop_reason(self) -> EndReason:
+        """Return what a stop is called that follows upon the last event."""
+        return EndReason.SHUTDOWN if self._asked else EndReason.FAULT

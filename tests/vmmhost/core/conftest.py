@@ -14,24 +14,12 @@ from vmgraft.vmmhost.core.probe import Engine, probe_kvm
 
 sys.path.insert(0, str(Path(__file__).parent))  # the helper modules of this folder
 
-from assembling import GUESTS, nasm  # found by the line above
-
-
-class MemoryContent:
-    """Guest content held in memory."""
-
-    def __init__(self, data: bytes, sector_size: int = 512) -> None:
-        self.data, self.virtual_size, self.sector_size = bytearray(data), len(data), sector_size
-        self.reads: list[tuple[int, int]] = []
-
-    def read(self, offset: int, length: int) -> bytes:
-        self.reads.append((offset, length))
-        return bytes(self.data[offset : offset + length])
+from assembling import CORE_GUESTS, MemoryContent, booting, nasm  # of the folder above
 
 
 @functools.cache
 def _assemble(name: str) -> bytes:
-    return nasm(GUESTS / f"{name}.asm")
+    return nasm(CORE_GUESTS / f"{name}.asm")
 
 
 @functools.cache
@@ -66,7 +54,7 @@ def guest():
     """Give ``guest(name, size)``: the content of a disk that boots an assembled guest."""
 
     def build(name: str, size: int = 1 << 20) -> MemoryContent:
-        return MemoryContent(_assemble(name).ljust(size, b"\0"))
+        return booting(_assemble(name), size)
 
     return build
 

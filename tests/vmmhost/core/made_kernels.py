@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import struct
 
-from assembling import GUESTS, nasm
+from assembling import CORE_GUESTS, nasm
 
 ORIGIN = 0x100000
 DUMP = 0x180000
@@ -15,7 +15,7 @@ DUMP = 0x180000
 def assemble(name: str, *defines: str, origin: int = ORIGIN) -> bytes:
     """Assemble a kernel's first instructions for an address."""
     options = [f"-DORIGIN={origin:#x}", f"-DDUMP={DUMP:#x}", *(f"-D{each}" for each in defines)]
-    return nasm(GUESTS / f"{name}.asm", *options)
+    return nasm(CORE_GUESTS / f"{name}.asm", *options)
 
 
 def note(kind: int, description: bytes, name: bytes = b"Xen\0") -> bytes:

@@ -4,7 +4,6 @@ import fcntl
 import json
 import os
 import socket
-import subprocess
 import tempfile
 import threading
 import time
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import wasmtime
+from assembling import nasm
 
 from vmgraft.vmmhost.control.wire import SEALS
 
@@ -62,8 +62,7 @@ def guest_of(source: str, folder: Path) -> bytes:
     head = "bits 16\norg 0x7c00\nxor ax, ax\nmov ds, ax\nmov es, ax\nmov ss, ax\nmov sp, 0x7c00\n"
     path = folder / "guest.asm"
     path.write_text(head + source + "\n")
-    subprocess.run(["nasm", "-f", "bin", "-o", str(folder / "guest.bin"), str(path)], check=True)
-    return (folder / "guest.bin").read_bytes()
+    return nasm(path)
 
 
 def boot_of(case: dict[str, Any]) -> str:

@@ -116,22 +116,23 @@ def test_claims_and_offsets(bench, clock_spec, entropy_spec):
     bus.claims[2][3].mmio_write(0, 4, 1)
 
 
+def reading_config(*asked, length):
+    """A module that starts where its configuration has this length; reads give what `config_read` put at 0."""
+    numbers = " ".join(f"(i32.const {number})" for number in asked)
+    body = f"""(func (export "on_start") (param i32) (result i32)
+          (drop (call $c {numbers}))
+          (i32.sub (local.get 0) (i32.const {length})))"""
+    imports = '(import "vmgraft" "config_read" (func $c (param i32 i32 i32) (result i32)))'
+    return body + READ.format("(i64.load (i32.const 0))"), imports
+
+
 def test_on_start_sees_config(bench, wat):
-    module = wat("""(func (export "on_start") (param i32) (result i32)
-          (drop (call $c (i32.const 0) (i32.const 100) (i32.const 2)))
-          (i32.sub (local.get 0) (i32.const 6)))"""
-        + READ.format("(i64.load (i32.const 0))"),
-        '(import "vmgraft" "config_read" (func $c (param i32 i32 i32) (result i32)))')  # fmt: skip
-    proxy = bench.one(module, config=b"abcdef")
+    proxy = bench.one(wat(*reading_config(0, 100, 2, length=6)), config=b"abcdef")
     assert proxy.pio_read(1, 4).to_bytes(4, "little") == b"cdef"
 
 
 def test_a_config_of_the_greatest_length(bench, wat):
-    module = wat("""(func (export "on_start") (param i32) (result i32)
-          (drop (call $c (i32.const 0) (i32.const 4) (i32.const 4092)))
-          (i32.sub (local.get 0) (i32.const 4096)))"""
-        + READ.format("(i64.load (i32.const 0))"),
-        '(import "vmgraft" "config_read" (func $c (param i32 i32 i32) (result i32)))')  # fmt: skip
+    module = wat(*reading_config(0, 4, 4092, length=4096))
     assert bench.one(module, config=b"x" * 4092 + b"last").pio_read(1, 4).to_bytes(4, "little") == b"last"
 
 

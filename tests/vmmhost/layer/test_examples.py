@@ -9,6 +9,7 @@ from pathlib import Path
 import jsonschema
 import pytest
 import unicorn
+from assembling import nasm
 from unicorn import x86_const as x86
 
 import vmgraft.schemas
@@ -29,10 +30,8 @@ def test_module_is_rebuilt_byte_for_byte(examples, tmp_path, name):
     assert (folder / "module.wasm").read_bytes() == (examples / name / "module.wasm").read_bytes()
 
 
-def test_guest_is_reassembled_byte_for_byte(examples, tmp_path):
-    built = tmp_path / "guest.bin"
-    subprocess.run(["nasm", "-f", "bin", "-o", str(built), str(examples / "guest/guest.asm")], check=True)
-    image = built.read_bytes()
+def test_guest_is_reassembled_byte_for_byte(examples):
+    image = nasm(examples / "guest/guest.asm")
     assert image == (examples / "guest/guest.bin").read_bytes()
     assert len(image) == 512
     assert image[510:] == b"\x55\xaa"

@@ -2,10 +2,9 @@
 
 import os
 import signal
-import subprocess
-from pathlib import Path
 
 import pytest
+from assembling import LAYER_GUESTS, booting, nasm
 
 from vmgraft.errors import CapabilityError
 from vmgraft.vmmhost.core.contract import EndReason
@@ -24,25 +23,9 @@ COUNT = """(global $n (mut i64) (i64.const 0))
     (func (export "on_mmio_write") (param i64 i32 i64) (result i32) i32.const 0)"""
 
 
-class Content:
-    """A disk that begins with a boot sector."""
-
-    virtual_size = 1 << 20
-    sector_size = 512
-
-    def __init__(self, boot_sector):
-        self.bytes = boot_sector + bytes(self.virtual_size - len(boot_sector))
-
-    def read(self, offset, length):
-        return self.bytes[offset : offset + length]
-
-
 @pytest.fixture(scope="module")
-def poke(tmp_path_factory):
-    built = tmp_path_factory.mktemp("guest") / "poke.bin"
-    source = Path(__file__).parent / "guests/poke.asm"
-    subprocess.run(["nasm", "-f", "bin", "-o", str(built), str(source)], check=True)
-    return built.read_bytes()
+def poke():
+    return nasm(LAYER_GUESTS / "poke.asm")
 
 
 @pytest.fixture
@@ -58,7 +41,7 @@ def run(bench):
                 during(host)
 
         machine = Machine(
-            Engine.SOFT, VerifiedDisk(Content(sector), lambda _index, _data: True),
+            Engine.SOFT, VerifiedDisk(booting(sector), lambda _index, _data: True),
             timeout=30, trace=True, serial=serial, rtc_epoch=0,
         )  # fmt: skip
         host = bench.host(*specs)

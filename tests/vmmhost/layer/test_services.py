@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import subprocess
-from pathlib import Path
-
 import pytest
+from assembling import LAYER_GUESTS, booting, nasm
 
 from vmgraft.errors import CapabilityError, UsageError
 from vmgraft.vmmhost.core.contract import EndReason
@@ -14,7 +12,6 @@ from vmgraft.vmmhost.core.machine import Machine
 from vmgraft.vmmhost.core.probe import Engine, probe_kvm
 from vmgraft.vmmhost.layer.spec import ExtensionSpec, HypercallRange, PioRange, ServiceUse
 
-HERE = Path(__file__).parent
 SERVE = '(func (export "on_service") (param $s i32) (param $a i64) (param $b i64) (result i64) {})'
 SET = '(import "vmgraft" "set_buffer" (func $set (param i32 i32)))'
 #: 2000-01-01 12:34:56 UTC
@@ -30,34 +27,14 @@ def data(text):
     return f'(data (i32.const 0) "{text}")'
 
 
-class Content:
+def patterned(boot_sector):
     """A disk that begins with a boot sector and has a pattern in sector 2."""
-
-    virtual_size = 1 << 20
-    sector_size = 512
-
-    def __init__(self, boot_sector):
-        self.bytes = boot_sector + bytes(range(256)) * 2 + bytes(self.virtual_size - len(boot_sector) - 512)
-        self.reads = []
-
-    def read(self, offset, length):
-        self.reads.append((offset, length))
-        return self.bytes[offset : offset + length]
-
-
-def build(folder, name):
-    built = folder / f"{name}.bin"
-    include = HERE.parent / "core/guests"
-    subprocess.run(
-        ["nasm", "-f", "bin", "-I", f"{include}/", "-o", str(built), str(HERE / f"guests/{name}.asm")], check=True
-    )
-    return built.read_bytes()
+    return booting(boot_sector + bytes(range(256)) * 2)
 
 
 @pytest.fixture(scope="module")
-def guests(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("guests")
-    return {name: build(folder, name) for name in ("services", "irq", "poke")}
+def guests():
+    return {name: nasm(LAYER_GUESTS / f"{name}.asm") for name in ("services", "irq", "poke")}
 
 
 @pytest.fixture(params=[Engine.SOFT, pytest.param(Engine.KVM, marks=pytest.mark.kvm)], ids=["soft", "kvm"])
@@ -81,7 +58,7 @@ def run(bench, guests):
             if during is not None and len(seen) == 10:
                 during(host, machine)
 
-        disk = VerifiedDisk(content or Content(guests[name]), lambda _index, _data: True)
+        disk = VerifiedDisk(content or patterned(guests[name]), lambda _index, _data: True)
         machine = Machine(
             engine, disk, timeout=30, trace=True, serial=serial, rtc_epoch=86_399, memory_mib=16, **options
         )
@@ -207,7 +184,7 @@ def test_the_disk_service_reads_ahead_and_refuses_writes(engine, run, wat, guest
     hints = data(
         "\\00\\04\\00\\00\\00\\00\\00\\00\\00\\01\\00\\00\\00\\00\\00\\00\\ff\\ff\\ff\\ff\\ff\\ff\\ff\\ff\\ff\\ff\\ff\\ff\\ff\\ff\\ff\\7f"
     )
-    content = Content(guests["services"])
+    content = patterned(guests["services"])
     seen = words(run(engine, "services", spec(wat, SERVE.format(DISK) + hints, "disk", imports=SET), content=content))
     assert seen[-2:] == ["00000000", "000000cc"]  # read well; write fault
     assert (8 * 65536, 2 * 65536) in content.reads
@@ -224,7 +201,7 @@ def test_a_service_changes_no_other_port(run, bench, wat, guests, use):
         return [(event.write, event.port, event.size) for event in traces if event.port not in {0x564, 0xE9}]
 
     def machine_run(traces, *specs):
-        disk = VerifiedDisk(Content(guests["services"]), lambda _index, _data: True)
+        disk = VerifiedDisk(patterned(guests["services"]), lambda _index, _data: True)
         with Machine(Engine.SOFT, disk, timeout=30, trace=True, rtc_epoch=0, memory_mib=16) as machine:
             host = bench.host(*specs)
             host.claim(machine.bus)

@@ -1,11 +1,10 @@
 """Virtio devices from modules, driven by small guests on both engines."""
 
 import hashlib
-import subprocess
 import tomllib
-from pathlib import Path
 
 import pytest
+from assembling import GUESTS, booting, nasm
 
 from vmgraft.signing.contract import VerifiedExtension
 from vmgraft.signing.manifest import manifest_from
@@ -15,26 +14,9 @@ from vmgraft.vmmhost.core.machine import Machine
 from vmgraft.vmmhost.core.probe import Engine
 from vmgraft.vmmhost.plan import check_claims, to_spec
 
-GUESTS = Path(__file__).parents[1] / "guests"
-
-
-class Content:
-    """A disk that begins with a boot sector."""
-
-    virtual_size = 1 << 20
-    sector_size = 512
-
-    def __init__(self, boot_sector):
-        self.bytes = boot_sector + bytes(self.virtual_size - len(boot_sector))
-
-    def read(self, offset, length):
-        return self.bytes[offset : offset + length]
-
 
 def assemble(name):
-    source = GUESTS / f"{name}.asm"
-    command = ["nasm", "-f", "bin", "-I", f"{GUESTS}/", "-o", "/dev/stdout", str(source)]
-    return subprocess.run(command, check=True, capture_output=True).stdout
+    return nasm(GUESTS / f"{name}.asm")
 
 
 @pytest.fixture
@@ -68,7 +50,7 @@ def run(bench):
             if during is not None:
                 during(machine, host, bytes(seen))
 
-        disk = VerifiedDisk(Content(sector), lambda _index, _data: True)
+        disk = VerifiedDisk(booting(sector), lambda _index, _data: True)
         check_claims(specs, 16)
         with Machine(Engine(cpu), disk, memory_mib=16, timeout=20, serial=serial, rtc_epoch=0) as machine:
             bench.ram = machine.memory

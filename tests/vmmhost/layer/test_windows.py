@@ -5,10 +5,10 @@ import os
 import re
 import signal
 import socket
-import subprocess
 from pathlib import Path
 
 import pytest
+from assembling import GUESTS, booting, nasm
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -22,7 +22,6 @@ from vmgraft.vmmhost.layer.proxy import State
 from vmgraft.vmmhost.layer.spec import ExtensionSpec, GuestWindow, PioRange
 from vmgraft.vmmhost.layer.windows import MAX_MAPPED, GuestView, Window
 
-GUESTS = Path(__file__).parents[1] / "guests"
 ROOT_ONLY = pytest.mark.skipif(os.geteuid() != 0, reason="only root may look at the mappings of another user's process")
 IMPORTS = """(import "vmgraft" "guest_read" (func $read (param i64 i32 i32) (result i32)))
   (import "vmgraft" "guest_write" (func $write (param i64 i32 i32) (result i32)))"""
@@ -327,18 +326,8 @@ def test_windows_come_back():
             protocol.parse_window_packet(packet, 2)
 
 
-class Content:
-    """A disk that begins with a boot sector."""
-
-    virtual_size = 1 << 20
-    sector_size = 512
-
-    def __init__(self, name):
-        command = ["nasm", "-f", "bin", "-o", "/dev/stdout", str(GUESTS / f"{name}.asm")]
-        self.bytes = subprocess.run(command, check=True, capture_output=True).stdout.ljust(self.virtual_size, b"\0")
-
-    def read(self, offset, length):
-        return self.bytes[offset : offset + length]
+def patched_disk():
+    return VerifiedDisk(booting(nasm(GUESTS / "patched.asm")), lambda _index, _data: True)
 
 
 #: Puts "mov al, 'B'; retf" where its window begins, at a write to a port.
@@ -348,12 +337,11 @@ PATCH = """(data (i32.const 0) "\\b0B\\cb") (func (export "on_pio_write") (param
 
 @pytest.mark.parametrize("mapped", [True, False])
 def test_code_that_an_extension_changes_is_run_as_changed(bench, wat, cpu, mapped):
-    disk = VerifiedDisk(Content("patched"), lambda _index, _data: True)
     spec = ExtensionSpec(
         "org.example.test", "1", wat(PATCH, IMPORTS), windows=(GuestWindow(0x10000, 0x1000, True),),
         pio=(PioRange(0x510, 0x510),),
     )  # fmt: skip
-    with Machine(Engine(cpu), disk, memory_mib=16, timeout=20) as machine:
+    with Machine(Engine(cpu), patched_disk(), memory_mib=16, timeout=20) as machine:
         bench.ram = machine.memory
         host = bench.host(spec, map_windows=mapped)
         host.claim(machine.bus)
@@ -363,9 +351,7 @@ def test_code_that_an_extension_changes_is_run_as_changed(bench, wat, cpu, mappe
 
 
 def test_a_snapshot_has_the_windows_and_goes_back_into_them(bench, wat):
-    def disk():
-        return VerifiedDisk(Content("patched"), lambda _index, _data: True)
-
+    disk = patched_disk
     spec = ExtensionSpec("org.example.test", "1", wat(POKE, IMPORTS), windows=(RW,))
     with Machine(Engine.SOFT, disk(), memory_mib=16) as machine, Machine(Engine.SOFT, disk(), memory_mib=16) as again:
         bench.ram = machine.memory

@@ -21,6 +21,13 @@ from .conftest import BLOCK
 QUICK = NbdLimits(connections=4, handshake_seconds=0.3, stall_seconds=0.3)
 
 
+def ends(world, client, sent: bytes) -> None:
+    """This ends the connection, and nobody else's."""
+    client.socket.sendall(sent)
+    assert client.is_closed()
+    serves_on(world)
+
+
 def serves_on(world) -> None:
     """Another client still gets what it asks for."""
     client = world.connect()
@@ -44,18 +51,14 @@ def serves_on(world) -> None:
 def test_a_broken_handshake_ends_the_connection(world, sent: bytes) -> None:
     world.serve()
     client = world.connect()
-    client.socket.sendall(sent)
-    assert client.is_closed()
-    serves_on(world)
+    ends(world, client, sent)
 
 
 @pytest.mark.parametrize("sent", [b"", b"\0\0", b"\0\0\0\3IHAVEOPT\0\0"], ids=["nothing", "half flags", "half option"])
 def test_a_handshake_that_stalls_is_let_go(world, sent: bytes) -> None:
     world.serve(limits=QUICK)
     client = world.connect()
-    client.socket.sendall(sent)
-    assert client.is_closed(3)
-    serves_on(world)
+    ends(world, client, sent)
 
 
 def test_a_handshake_byte_by_byte_does_not_stretch_the_limit(world) -> None:
@@ -83,9 +86,7 @@ def test_a_broken_request_ends_the_connection(world, sent: bytes) -> None:
     world.serve(limits=QUICK)
     client = world.connect()
     client.go()
-    client.socket.sendall(sent)
-    assert client.is_closed(3)
-    serves_on(world)
+    ends(world, client, sent)
 
 
 def test_silence_between_requests_is_fine(world) -> None:

@@ -6,10 +6,6 @@ import json
 import lzma
 from pathlib import Path
 
-from vmgraft.imagefmt.contract import Opening
-from vmgraft.signing.manifest import parse_manifest
-from vmgraft.signing.policytools import format_policy, init_policy
-from vmgraft.vendor.graft import AttachOptions, attach
 from vmgraft.vendor.pack import load_package
 from vmgraft.vmmhost.core.contract import EndReason
 from vmgraft.vmmhost.supplements import cpio
@@ -97,12 +93,8 @@ class Linux:
             (folder / name).write_text(text)
         (folder / "manifest.toml").write_text(MANIFEST)
         (folder / "module.wasm").write_bytes(self.studio.wat(body))
-        package = load_package(folder)
         self.studio.image.write_bytes(bytes(1 << 20))
-        options = AttachOptions(opening=Opening(root=self.studio.folder))
-        attach(self.studio.image, [package], [self.studio.key], options)
-        document = init_policy({"vendor": self.studio.key.public}, [parse_manifest(package.manifest)])
-        self.studio.policy.write_bytes(format_policy(document))
+        self.studio.attach(load_package(folder))
 
     def run(self, **chosen: object):
         append = "console=ttyS0 quiet panic=-1"

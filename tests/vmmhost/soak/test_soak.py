@@ -5,12 +5,12 @@ Short by default. VMGRAFT_SOAK_CYCLES=10000 and VMGRAFT_SOAK_MINUTES=10 make it 
 
 import os
 import statistics
-import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
+from assembling import booting, nasm
 
 from vmgraft.vmmhost.core.disk import VerifiedDisk
 from vmgraft.vmmhost.core.machine import Machine
@@ -118,25 +118,10 @@ def test_loading_and_unloading() -> None:
     assert records[0] == 5 * (warm + CYCLES)  # start, its log line, load, end, unload
 
 
-class Content:
-    """An image that is not there."""
-
-    sector_size = 512
-
-    def __init__(self, data: bytes) -> None:
-        self.data, self.virtual_size = data, len(data)
-
-    def read(self, offset: int, length: int) -> bytes:
-        return self.data[offset : offset + length]
-
-
-def test_a_guest_that_never_stops_asking(tmp_path: Path) -> None:
+def test_a_guest_that_never_stops_asking() -> None:
     import wasmtime
 
-    guest = tmp_path / "io.bin"
-    source = Path(__file__).with_name("io.asm")
-    subprocess.run(["nasm", "-f", "bin", "-o", str(guest), str(source)], check=True)
-    disk = VerifiedDisk(Content(guest.read_bytes().ljust(1 << 20, b"\0")), lambda _index, _block: True)
+    disk = VerifiedDisk(booting(nasm(Path(__file__).with_name("io.asm"))), lambda _index, _block: True)
     samples: list[Held] = []
     limits = LayerLimits(calls_per_second=1_000_000)
     module = bytes(wasmtime.wat2wasm(ANSWERS))

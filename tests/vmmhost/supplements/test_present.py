@@ -5,6 +5,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from assembling import GUESTS, nasm
 from click.testing import CliRunner
 
 from vmgraft.cli.app import cli
@@ -27,7 +28,6 @@ from vmgraft.vendor.pack import load_package
 from vmgraft.vmmhost.launch import Launcher
 from vmgraft.vmmhost.plan import RunOptions
 
-GUESTS = Path(__file__).parents[1] / "guests"
 DISK_SIZE = 1 << 20
 ID = "org.example.seed"
 MANIFEST = f"""
@@ -55,22 +55,13 @@ class Seed:
         (self.folder / "seed").mkdir(parents=True)
         (self.folder / "seed" / "user-data").write_bytes(b"hello, guest\n")
         (self.folder / "patch").write_bytes(b"OVERLAID")
-        code = subprocess.run(
-            ["nasm", "-f", "bin", "-o", "/dev/stdout", str(GUESTS / "supplements.asm")], check=True, capture_output=True
-        ).stdout
-        self.boot = code.ljust(510, b"\0") + b"\x55\xaa"
+        self.boot = nasm(GUESTS / "supplements.asm").ljust(510, b"\0") + b"\x55\xaa"
         self.disk = (self.boot + b"0123456789abcdef").ljust(DISK_SIZE, b"\0")
 
     def graft(self, text=MANIFEST, grant=None, disk=None):
         (self.folder / "manifest.toml").write_text(text)
-        packed = load_package(self.folder)
         self.studio.image.write_bytes(disk or self.disk)
-        options = AttachOptions(opening=Opening(root=self.studio.folder))
-        attach(self.studio.image, [packed], [self.studio.key], options)
-        document = init_policy({"vendor": self.studio.key.public}, [parse_manifest(packed.manifest)])
-        if grant is not None:
-            document["trustPolicies"][0]["grants"][ID]["capabilities"] = grant
-        self.studio.policy.write_bytes(format_policy(document))
+        self.studio.attach(load_package(self.folder), grant=grant)
 
     def launcher(self, **chosen):
         self.studio.audit_log.unlink(missing_ok=True)

@@ -26,15 +26,12 @@ if TYPE_CHECKING:
 @json_option
 def list_(image: Path, opening: Opening, as_json: bool) -> None:
     """List the extensions in an image; nothing is verified."""
-    from vmgraft.cli.output import emit_ok
+    from vmgraft.cli.output import emit_or_show
     from vmgraft.cli.views import show_list
     from vmgraft.inspect.report import list_extensions
 
     listing = list_extensions(image, opening)
-    if as_json:
-        emit_ok(listing)
-    else:
-        show_list(listing)
+    emit_or_show(listing, as_json, show_list)
 
 
 @click.command(epilog="Example: vmgraft inspect disk.qcow2")
@@ -43,15 +40,12 @@ def list_(image: Path, opening: Opening, as_json: bool) -> None:
 @json_option
 def inspect(image: Path, opening: Opening, as_json: bool) -> None:
     """Show everything an image carries. Trusts nothing: what the file claims is marked as unverified."""
-    from vmgraft.cli.output import emit_ok
+    from vmgraft.cli.output import emit_or_show
     from vmgraft.cli.views import show_inspection
     from vmgraft.inspect.report import inspect_image
 
     report = inspect_image(image, opening)
-    if as_json:
-        emit_ok(report)
-    else:
-        show_inspection(report)
+    emit_or_show(report, as_json, show_inspection)
 
 
 @click.command(epilog="Example: vmgraft extract disk.qcow2 statement -o -")
@@ -103,7 +97,7 @@ def digest(
     """Print the digests of the guest content: the same for every container that holds it."""
     from dataclasses import replace
 
-    from vmgraft.cli.output import emit_ok, progress_bar
+    from vmgraft.cli.output import emit_or_show, progress_bar
     from vmgraft.cli.views import digest_document, show_digest
     from vmgraft.imagefmt.graft import open_image
     from vmgraft.imagefmt.tree import digest_content
@@ -114,10 +108,7 @@ def digest(
         result = digest_content(opened, flat=flat_digest, progress=bar)  # type: ignore[arg-type]  # a click.Choice
         warnings = state_warnings(opened)
     document = digest_document(result, opening, warnings)
-    if as_json:
-        emit_ok(document)
-    else:
-        show_digest(document)
+    emit_or_show(document, as_json, show_digest)
 
 
 @click.command(epilog="Example: vmgraft diff golden.raw suspect.qcow2")

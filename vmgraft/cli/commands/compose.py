@@ -9,11 +9,10 @@ import click
 
 from vmgraft.cli.options import (
     FILE,
+    HostTrust,
+    host_trust_options,
     json_option,
-    memory_option,
     opening_options,
-    policy_option,
-    policy_trust_options,
 )
 
 if TYPE_CHECKING:
@@ -24,19 +23,14 @@ if TYPE_CHECKING:
 @click.argument("layers", metavar="LAYER...", type=FILE, nargs=-1, required=True)
 @click.option("-o", "--output", type=FILE, required=True, help="The new volume; never written over a file.")
 @click.option("--label", default="UNION", show_default=True, help="Its label: 1 to 16 of A-Z, 0-9 and _.")
-@policy_option
-@policy_trust_options
-@memory_option
+@host_trust_options
 @opening_options
 @json_option
 def compose(
     layers: tuple[Path, ...],
     output: Path,
     label: str,
-    policy_path: Path,
-    policy_keys: tuple[Path, ...],
-    signed_policy: bool,
-    state: Path | None,
+    trust: HostTrust,
     opening: Opening,
     as_json: bool,
 ) -> None:
@@ -47,13 +41,12 @@ def compose(
     all that they have in its folder.
     """
     from vmgraft.cli.output import emit_ok, human_size, orderly_end, printable
-    from vmgraft.signing.keyfiles import load_public
     from vmgraft.vmmhost.remember import RunMemory
     from vmgraft.vmmhost.supplements.compose import compose as run
     from vmgraft.vmmhost.supplements.compose import write_volume
 
-    with orderly_end(), RunMemory(state, raising=False) as memory:
-        policy = memory.load_policy(policy_path, tuple(map(load_public, policy_keys)), required=signed_policy)
+    with orderly_end(), RunMemory(trust.state, raising=False) as memory:
+        policy = memory.load_policy(trust.policy, trust.keys(), required=trust.signed)
         done = run(layers, policy, label=label, opening=opening, memory=memory.state)
         write_volume(done, output)
     if as_json:

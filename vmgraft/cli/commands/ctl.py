@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,24 +31,16 @@ def _guest() -> ControlClient:
     return ControlClient(click.get_current_context().meta["vmgraft.socket"])
 
 
-def _print(document: dict[str, Any], as_json: bool, show: Callable[[dict[str, Any]], None]) -> None:
-    from vmgraft.cli.output import emit_ok
-
-    if as_json:
-        emit_ok(document)
-    else:
-        show(document)
-
-
 @ctl.command(epilog="Example: vmgraft ctl guest.sock status --json")
 @json_option
 def status(as_json: bool) -> None:
     """Say what runs: engine, plan, extensions."""
     from vmgraft.cli.ctlview import show_status
+    from vmgraft.cli.output import emit_or_show
     from vmgraft.vmmhost.control.wire import Op
 
     with _guest() as guest:
-        _print(guest.ask(Op.STATUS), as_json, show_status)
+        emit_or_show(guest.ask(Op.STATUS), as_json, show_status)
 
 
 @ctl.command(epilog="Example: vmgraft ctl guest.sock stats --watch 2")
@@ -64,6 +55,7 @@ def stats(watch: float | None, count: int | None, as_json: bool) -> None:
     import time
 
     from vmgraft.cli.ctlview import show_stats
+    from vmgraft.cli.output import emit_or_show
     from vmgraft.errors import UsageError
     from vmgraft.vmmhost.control.wire import Op
 
@@ -71,7 +63,7 @@ def stats(watch: float | None, count: int | None, as_json: bool) -> None:
         if count is not None:
             raise UsageError("--count goes with --watch")
         with _guest() as guest:
-            _print(guest.ask(Op.STATS), as_json, show_stats)
+            emit_or_show(guest.ask(Op.STATS), as_json, show_stats)
         return
     before: dict[str, Any] | None = None
     with _guest() as guest:
@@ -138,13 +130,13 @@ def replace(source: Path, extension: str | None, opening: Opening, as_json: bool
 
 
 def _offer(op: str, source: Path, extension: str | None, opening: Opening, as_json: bool) -> None:
-    from vmgraft.cli.output import printable
+    from vmgraft.cli.output import emit_or_show, printable
     from vmgraft.vmmhost.control.wire import Op
 
     with _guest() as guest:
         done = guest.offer(Op(op), source, extension=extension, opening=opening)
     verb = {"load": "runs", "replace": "runs in place of the one before"}[op]
-    _print(done, as_json, lambda d: click.echo(printable(f"{d.get('id')} {d.get('version')} {verb}")))
+    emit_or_show(done, as_json, lambda d: click.echo(printable(f"{d.get('id')} {d.get('version')} {verb}")))
 
 
 @ctl.command(epilog="Example: vmgraft ctl guest.sock unload org.example.clock")
@@ -152,12 +144,12 @@ def _offer(op: str, source: Path, extension: str | None, opening: Opening, as_js
 @json_option
 def unload(extension: str, as_json: bool) -> None:
     """End an extension; what it claimed answers as an empty bus from then on."""
-    from vmgraft.cli.output import printable
+    from vmgraft.cli.output import emit_or_show, printable
     from vmgraft.vmmhost.control.wire import Op
 
     with _guest() as guest:
         done = guest.ask(Op.UNLOAD, extension)
-    _print(done, as_json, lambda _d: click.echo(printable(f"{extension} is ended")))
+    emit_or_show(done, as_json, lambda _d: click.echo(printable(f"{extension} is ended")))
 
 
 @ctl.command(epilog="Example: vmgraft ctl guest.sock snapshot guest.snap")
@@ -168,19 +160,21 @@ def snapshot(file: Path, as_json: bool) -> None:
 
     FILE holds all of the guest's memory: it is readable for its owner only.
     """
-    from vmgraft.cli.output import printable
+    from vmgraft.cli.output import emit_or_show, printable
 
     with _guest() as guest:
         done = guest.snapshot(file)
-    _print(done, as_json, lambda d: click.echo(printable(f"{file}: {d.get('bytes')} bytes, sha256:{d.get('sha256')}")))
+    words = f"{file}: {done.get('bytes')} bytes, sha256:{done.get('sha256')}"
+    emit_or_show(done, as_json, lambda _d: click.echo(printable(words)))
 
 
 @ctl.command(epilog="Example: vmgraft ctl guest.sock stop")
 @json_option
 def stop(as_json: bool) -> None:
     """End the guest, as its own power button does."""
+    from vmgraft.cli.output import emit_or_show
     from vmgraft.vmmhost.control.wire import Op
 
     with _guest() as guest:
         done = guest.ask(Op.STOP)
-    _print(done, as_json, lambda _d: click.echo("the guest is told to end"))
+    emit_or_show(done, as_json, lambda _d: click.echo("the guest is told to end"))

@@ -10,13 +10,12 @@ import click
 
 from vmgraft.cli.options import (
     FILE,
+    HostTrust,
     cpu_option,
+    host_trust_options,
     image_argument,
     json_option,
-    memory_option,
     opening_options,
-    policy_option,
-    policy_trust_options,
     quiet_option,
 )
 
@@ -43,9 +42,7 @@ def _not_empty(_context: click.Context, _parameter: click.Parameter, value: str 
 
 @click.command(epilog='Example: vmgraft run grub.iso --policy policy.json --until "GNU GRUB" --screen -')
 @image_argument
-@policy_option
-@policy_trust_options
-@memory_option
+@host_trust_options
 @cpu_option
 @click.option(
     "--engine", type=click.Choice(["core", "qemu"]), default="core", show_default=True,
@@ -108,10 +105,7 @@ def _not_empty(_context: click.Context, _parameter: click.Parameter, value: str 
 @json_option
 def run(
     image: Path,
-    policy_path: Path,
-    policy_keys: tuple[Path, ...],
-    signed_policy: bool,
-    state: Path | None,
+    trust: HostTrust,
     cpu: str,
     engine: str,
     firmware: str,
@@ -154,14 +148,13 @@ def run(
     from vmgraft.cli.console import Outputs
     from vmgraft.cli.output import progress_bar
     from vmgraft.cli.runview import finish_run, warn_before
-    from vmgraft.signing.keyfiles import load_public
     from vmgraft.vmmhost.launch import Launcher
     from vmgraft.vmmhost.plan import RunOptions
 
     options = RunOptions(
         cpu=cpu, boot=boot, memory_mib=memory, timeout=timeout, until=until, keys=keys,
-        extensions=not without_extensions, opening=opening, audit_log=audit_log, state=state,
-        policy_keys=tuple(map(load_public, policy_keys)), signed_policy=signed_policy, control=control,
+        extensions=not without_extensions, opening=opening, audit_log=audit_log, state=trust.state,
+        policy_keys=trust.keys(), signed_policy=trust.signed, control=control,
         record=record, replay=replay, restore=restore, engine=engine, firmware=firmware, bios=bios,
         kernel=kernel, initrd=initrd, append=append,
         supplements=not without_supplements, layers=layers, require_isolation=require_isolation,
@@ -171,7 +164,7 @@ def run(
     with Outputs(screen=screen, form=screen_format, serial=serial, as_json=as_json, terminal=terminal) as outputs:
         with progress_bar("verify", quiet=quiet or as_json or console) as bar, ExitStack() as stack:
             launcher = Launcher(
-                image, policy_path, options, serial=outputs.serial_sink, progress=bar, console=terminal,
+                image, trust.policy, options, serial=outputs.serial_sink, progress=bar, console=terminal,
                 judged=None if as_json else warn_before, confine=not dry_run,
             )  # fmt: skip
             if terminal is not None:

@@ -10,12 +10,11 @@ import click
 
 from vmgraft.cli.options import (
     FILE,
+    HostTrust,
+    host_trust_options,
     image_argument,
     json_option,
-    memory_option,
     opening_options,
-    policy_option,
-    policy_trust_options,
     quiet_option,
 )
 
@@ -29,9 +28,7 @@ if TYPE_CHECKING:
     "Example: vmgraft serve disk.qcow2 --policy policy.json --listen 127.0.0.1:10809 --once"
 )
 @image_argument
-@policy_option
-@policy_trust_options
-@memory_option
+@host_trust_options
 @click.option("--socket", type=FILE, help="Listen on this new Unix socket, which only its owner may use.")
 @click.option(
     "--listen", metavar="[ADDRESS:]PORT",
@@ -50,10 +47,7 @@ if TYPE_CHECKING:
 @json_option
 def serve(
     image: Path,
-    policy_path: Path,
-    policy_keys: tuple[Path, ...],
-    signed_policy: bool,
-    state: Path | None,
+    trust: HostTrust,
     socket: Path | None,
     listen: str | None,
     overlay: bool,
@@ -71,7 +65,6 @@ def serve(
     and ends the server with 12. Ctrl-C, SIGTERM and SIGHUP end it with 0.
     """
     from vmgraft.cli.output import orderly_end, progress_bar, show_warnings
-    from vmgraft.signing.keyfiles import load_public
     from vmgraft.vmmhost.nbd.serve import ServeOptions, Serving, parse_listen
 
     if (socket is None) == (listen is None):
@@ -79,15 +72,15 @@ def serve(
     host, port = ("", 0) if listen is None else parse_listen(listen)
     options = ServeOptions(
         socket=socket, host=host, port=port, overlay=overlay, overlay_bytes=overlay_size << 20, once=once,
-        opening=opening, audit_log=audit_log, state=state, policy_keys=tuple(map(load_public, policy_keys)),
-        signed_policy=signed_policy, verify_all=verify_all,
+        opening=opening, audit_log=audit_log, state=trust.state, policy_keys=trust.keys(),
+        signed_policy=trust.signed, verify_all=verify_all,
     )  # fmt: skip
     if options.exposed:
         show_warnings([f"{host}: whoever reaches this address can read the disk; NBD is not encrypted here"])
     with orderly_end(), progress_bar("verify", quiet=quiet or as_json) as bar:
         # With --json stdout is for the one object at the end.
         report = Serving(
-            image, policy_path, options, ready=partial(click.echo, err=as_json), progress=bar, confine=True
+            image, trust.policy, options, ready=partial(click.echo, err=as_json), progress=bar, confine=True
         ).run()
     return _finish(report, image, as_json=as_json)
 

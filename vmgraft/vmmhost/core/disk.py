@@ -36,6 +36,47 @@ class OverlayFullError(HostError):
     """The guest wrote more than the overlay may hold; it sees a write error."""
 
 
+def require_inside(size: int, offset: int, length: int) -> None:
+    """Refuse a range outside a disk.
+
+    Raises:
+        ValueError: it is not inside.
+    """
+    if offset < 0 or length < 0 or offset + length > size:
+        raise ValueError(f"bytes {offset}+{length} are not inside a disk of {size} bytes")
+
+
+def mismatch(index: int) -> ContentMismatchError:
+    """Return the error for a block that is not what was verified."""
+    message, hint = f"block {index} of the guest content is not what was verified", "the image changed; verify it"
+    return ContentMismatchError(message, offset=index * BLOCK, field=f"block {index}", hint=hint)
+
+
+def touched(offset: int, length: int) -> range:
+    """Return the blocks of which a range has a byte."""
+    return range(offset // BLOCK, (offset + length + BLOCK - 1) // BLOCK)
+
+
+def require_room(overlay: Mapping[int, bytearray], new: int, blocks: int) -> None:
+    """Refuse to let an overlay grow over its bound, in blocks.
+
+    Raises:
+        OverlayFullError: it would.
+    """
+    if len(overlay) + new > blocks:
+        raise OverlayFullError(f"the guest changed more than {blocks * BLOCK} bytes of its disk")
+
+
+def put(overlay: Mapping[int, bytearray], offset: int, data: bytes) -> None:
+    """Write into blocks that the overlay holds."""
+    position = 0
+    while position < len(data):
+        index, start = divmod(offset + position, BLOCK)
+        part = data[position : position + BLOCK - start]
+        overlay[index][start : start + len(part)] = part
+        position += len(part)
+
+
 class VerifiedDisk:
     """Guest content of which every block is checked whenever it is taken from the image.
 
@@ -86,7 +127,7 @@ class VerifiedDisk:
             ContentMismatchError: when a block differs from what was verified.
             FileError: when the image cannot be read.
         """
-        self._inside(offset, length)
+        require_inside(self.size, offset, length)
         parts = []
         while length:
             index, start = divmod(offset, BLOCK)
@@ -103,23 +144,12 @@ class VerifiedDisk:
             OverlayFullError: when the overlay would grow over its bound; nothing was changed.
             ContentMismatchError: when a block that is written in part differs from what was verified.
         """
-        self._inside(offset, len(data))
-        touched = range(offset // BLOCK, (offset + len(data) + BLOCK - 1) // BLOCK)
-        new = [index for index in touched if index not in self._overlay]
-        if len(self._overlay) + len(new) > self._overlay_blocks:
-            raise OverlayFullError(f"the guest changed more than {self._overlay_blocks * BLOCK} bytes of its disk")
+        require_inside(self.size, offset, len(data))
+        new = [index for index in touched(offset, len(data)) if index not in self._overlay]
+        require_room(self._overlay, len(new), self._overlay_blocks)
         for index in new:
             self._overlay[index] = bytearray(self._block(index))
-        position = 0
-        while position < len(data):
-            index, start = divmod(offset + position, BLOCK)
-            part = data[position : position + BLOCK - start]
-            self._overlay[index][start : start + len(part)] = part
-            position += len(part)
-
-    def _inside(self, offset: int, length: int) -> None:
-        if offset < 0 or length < 0 or offset + length > self.size:
-            raise ValueError(f"bytes {offset}+{length} are not inside a disk of {self.size} bytes")
+        put(self._overlay, offset, data)
 
     def _block(self, index: int) -> bytes | bytearray:
         changed = self._overlay.get(index)
@@ -189,9 +219,6 @@ class VerifiedDisk:
         wanted = min(BLOCK, self.size - offset)
         block = self._reader.read(offset, wanted)
         if len(block) != wanted or not self._check(index, block):
-            message = f"block {index} of the guest content is not what was verified"
-            raise ContentMismatchError(
-                message, offset=offset, field=f"block {index}", hint="the image changed; verify it"
-            )
+            raise mismatch(index)
         self._keep(index, block)
         return block

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Final
 
 from vmgraft.vmmhost.core.disk import BLOCK, OverlayFullError
-from vmgraft.vmmhost.core.drives import Disk
+from vmgraft.vmmhost.core.drives import Disk, DiskAround
 from vmgraft.vmmhost.core.readahead import ReadAhead
 from vmgraft.vmmhost.core.services import Service, ServiceTable
 
@@ -24,7 +24,7 @@ class WriteRefusedError(OverlayFullError):
     """The disk service refused a write; the guest sees the error of a drive that is full."""
 
 
-class HookedDisk:
+class HookedDisk(DiskAround):
     """A drive behind the disk service; without anybody serving it, only a look at the table away.
 
     Args:
@@ -34,21 +34,11 @@ class HookedDisk:
     """
 
     def __init__(self, disk: Disk, services: ServiceTable, number: int) -> None:
-        self.inner, self._services, self._number = disk, services, number
-        self.size, self.sector_size = disk.size, disk.sector_size
+        super().__init__(disk)
+        self._services, self._number = services, number
         self._last_block: int | None = None  # the last that was asked about for a read
         prefetch: Callable[[int, int], None] | None = getattr(disk, "prefetch", None)
         self._reader = None if prefetch is None else ReadAhead(prefetch)
-
-    @property
-    def blocks_checked(self) -> int:
-        """As the drive counts."""
-        return self.inner.blocks_checked
-
-    @property
-    def blocks_written(self) -> int:
-        """As the drive counts."""
-        return self.inner.blocks_written
 
     def read(self, offset: int, length: int) -> bytes:
         """Return bytes as the guest sees them; see `core.drives.Disk`."""

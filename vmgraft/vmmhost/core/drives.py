@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Protocol
 
+from vmgraft.vmmhost.core.disk import require_inside
+
 
 class Disk(Protocol):
     """Content of a drive; :class:`~vmgraft.vmmhost.core.disk.VerifiedDisk` is one.
@@ -50,6 +52,27 @@ class Drive:
     name: str = ""
 
 
+class DiskAround:
+    """What stands before another disk and is as large as that; its counts are that one's.
+
+    Args:
+        inner: The disk behind it.
+    """
+
+    def __init__(self, inner: Disk) -> None:
+        self.inner, self.size, self.sector_size = inner, inner.size, inner.sector_size
+
+    @property
+    def blocks_checked(self) -> int:
+        """How many blocks the disk behind it has checked."""
+        return self.inner.blocks_checked
+
+    @property
+    def blocks_written(self) -> int:
+        """How many blocks of the disk behind it the guest has changed."""
+        return self.inner.blocks_written
+
+
 class PartOfDisk:
     """A stretch of another disk as a disk of its own, such as the image of an emulated drive on a CD.
 
@@ -63,8 +86,7 @@ class PartOfDisk:
     """
 
     def __init__(self, disk: Disk, offset: int, size: int) -> None:
-        if offset < 0 or size < 0 or offset + size > disk.size:
-            raise ValueError(f"bytes {offset}+{size} are not inside a disk of {disk.size} bytes")
+        require_inside(disk.size, offset, size)
         self._disk, self._offset, self.size, self.sector_size = disk, offset, size, 512
         #: Checking and counting is the outer disk's.
         self.blocks_checked = 0
@@ -76,14 +98,10 @@ class PartOfDisk:
 
     def read(self, offset: int, length: int) -> bytes:
         """Return bytes of the stretch."""
-        self._inside(offset, length)
+        require_inside(self.size, offset, length)
         return self._disk.read(self._offset + offset, length)
 
     def write(self, offset: int, data: bytes) -> None:
         """Change bytes of the stretch, and so of the outer disk."""
-        self._inside(offset, len(data))
+        require_inside(self.size, offset, len(data))
         self._disk.write(self._offset + offset, data)
-
-    def _inside(self, offset: int, length: int) -> None:
-        if offset < 0 or length < 0 or offset + length > self.size:
-            raise ValueError(f"bytes {offset}+{length} are not inside a part of {self.size} bytes")

@@ -252,20 +252,16 @@ class ExtensionProxy:
         self, hook: Hook, kind: Kind, *, address: int = 0, size: int = 0, value: int = 0,
         args: tuple[int, int, int, int] = (0, 0, 0, 0),
     ) -> int | None:  # fmt: skip
-        link = self._link
-        if link is None or hook not in self._exports:
+        link = self._admit(hook)
+        if link is None:
             return None
-        self._throttle()
-        self.counters.calls += 1
         began = time.monotonic_ns()
         try:
             result = link.call(kind, self._around.clock(), address=address, size=size, value=value, args=args)
-        except WorkerFaultError as fault:
-            self._handle(fault, starting=False)
+        except BaseException as error:
+            if not self._forgives(error):
+                raise
             return None
-        except BaseException:
-            self._abandon()
-            raise
         self.meter.add(time.monotonic_ns() - began)
         events = self._events
         if events.tick_ns is not None or events.stop_asked:
@@ -277,35 +273,45 @@ class ExtensionProxy:
         room: int = 0,
     ) -> tuple[int, bytes] | None:  # fmt: skip
         """Make a call that carries data; None where nobody answers (`WorkerLink.exchange`)."""
-        link = self._link
-        if link is None or hook not in self._exports:
+        link = self._admit(hook)
+        if link is None:
             return None
-        self._throttle()
-        self.counters.calls += 1
         now, began = self._around.clock(), time.monotonic_ns()
         try:
             result = link.exchange(kind, now, address=address, size=size, value=value, data=data, room=room)
-        except WorkerFaultError as fault:
-            self._handle(fault, starting=False)
+        except BaseException as error:
+            if not self._forgives(error):
+                raise
             return None
-        except BaseException:
-            self._abandon()
-            raise
         self.meter.add(time.monotonic_ns() - began)
         self._after_call()
         return result
 
-    def _abandon(self) -> None:
-        """Interrupted between question and answer: the two sides no longer agree on whose turn it is."""
+    def _forgives(self, error: BaseException) -> bool:
+        """Deal with what came in place of an answer; False for what is no fault of the worker's and goes on up."""
+        if isinstance(error, WorkerFaultError):
+            self._handle(error, starting=False)
+            return True
+        # Interrupted between question and answer: the two sides no longer agree on whose turn it is.
         self._drop_worker()
         self.state = State.DETACHED
+        return False
 
-    def _throttle(self) -> None:
-        """Delay a call that comes before its time: a device under load is slow, it does not lose accesses."""
+    def _admit(self, hook: Hook) -> WorkerLink | None:
+        """Return who is to be called, in its time, and count it; None where nobody answers."""
+        link = self._link
+        if link is None or hook not in self._exports:
+            return None
         now, due = time.monotonic(), self._next_call
         if due <= now:
             self._next_call = now + self._interval
-            return
+        else:
+            self._throttle(now, due)
+        self.counters.calls += 1
+        return link
+
+    def _throttle(self, now: float, due: float) -> None:
+        """Delay a call that comes before its time: a device under load is slow, it does not lose accesses."""
         self._next_call, early = due + self._interval, due - now
         if early > _BURST_SECONDS:
             if not self.counters.delayed_seconds:

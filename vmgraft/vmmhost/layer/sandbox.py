@@ -12,10 +12,10 @@ import os
 import re
 import resource
 import signal
-from enum import IntFlag
 from typing import Final
 
 from vmgraft.vmmhost.layer import filters, landlock, seccomp
+from vmgraft.vmmhost.layer.flags import NamedFlag
 from vmgraft.vmmhost.layer.syscalls import (
     CLONE_NEWCGROUP,
     CLONE_NEWIPC,
@@ -47,7 +47,7 @@ _WRITABLE_CODE: Final = re.compile(rb"^([0-9a-f]+)-([0-9a-f]+) .wx", re.MULTILIN
 _MAPS_BYTES: Final = 1 << 20
 
 
-class Mechanism(IntFlag):
+class Mechanism(NamedFlag):
     """One thing that stands between a worker and the rest of the machine."""
 
     PROCESS = 1 << 0
@@ -71,10 +71,6 @@ class Mechanism(IntFlag):
     NO_CAPABILITIES = 1 << 18
     NO_BOUNDING_SET = 1 << 19
     NO_WRITABLE_CODE = 1 << 20
-
-    def names(self) -> list[str]:
-        """Return the names as the audit log spells them, such as ``no-new-privs``."""
-        return [item.name.lower().replace("_", "-") for item in Mechanism if item in self and item.name]
 
 
 NAMESPACES: Final = {

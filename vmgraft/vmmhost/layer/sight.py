@@ -14,11 +14,11 @@ import resource
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
-from enum import IntFlag
 from pathlib import Path
 from typing import Final
 
 from vmgraft.vmmhost.layer.faults import FaultKind, WorkerFaultError
+from vmgraft.vmmhost.layer.flags import NamedFlag
 from vmgraft.vmmhost.layer.sandbox import LATE, NAMESPACES, Mechanism, limits, writable_code
 
 #: Longest /proc file that is read; a worker's list of mappings has some 15 KiB.
@@ -45,7 +45,7 @@ _FOREIGN: Final = re.compile(rb" (\d+) +(?:/dev/|anon_inode:|/memfd:)")
 _SIGHT: Final = struct.Struct("<III")
 
 
-class View(IntFlag):
+class View(NamedFlag):
     """What of a worker could be looked at."""
 
     STATUS = 1 << 0
@@ -53,10 +53,6 @@ class View(IntFlag):
     NAMESPACES = 1 << 2
     DESCRIPTORS = 1 << 3
     MAPPINGS = 1 << 4
-
-    def names(self) -> list[str]:
-        """Return the names as the audit log spells them."""
-        return [item.name.lower() for item in View if item in self and item.name]
 
 
 NO_VIEW: Final = View(0)

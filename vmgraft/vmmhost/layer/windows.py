@@ -23,8 +23,6 @@ MAX_WINDOWS: Final = 64
 MAX_MAPPED: Final = 16
 #: All mapped windows of one worker, bytes: its limit of address space has room for them.
 MAX_MAPPED_BYTES: Final = 128 << 20
-#: Name of the files, as /proc/PID/maps shows it: ``core.windows`` makes them.
-FILE_NAME: Final = "vmgraft-window"
 
 _WINDOW: Final = struct.Struct("<QQB")
 _WRITABLE, _MAPPED = 1, 2

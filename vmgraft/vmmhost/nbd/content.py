@@ -8,8 +8,7 @@ from collections.abc import Iterator, Sequence
 from hashlib import sha256
 from typing import Final, Protocol
 
-from vmgraft.errors import ContentMismatchError, VmgraftError
-from vmgraft.vmmhost.core.disk import BLOCK, OVERLAY_MAX, OverlayFullError
+from vmgraft.vmmhost.core.disk import BLOCK, OVERLAY_MAX, mismatch, put, require_inside, require_room, touched
 from vmgraft.vmmhost.core.drives import Disk
 
 _ZERO: Final = memoryview(bytes(1 << 20))
@@ -77,13 +76,7 @@ class CheckedContent:
         return len(self._overlay)
 
     def read(self, offset: int, length: int) -> bytes:
-        """Return ``length`` bytes at ``offset``.
-
-        Raises:
-            ValueError: when the range is not inside the disk.
-            ContentMismatchError: when a block differs from what was verified.
-            FileError: when the image cannot be read.
-        """
+        """Return ``length`` bytes at ``offset``; errors as :meth:`core.disk.VerifiedDisk.read`."""
         return b"".join(self.parts(offset, length))
 
     def parts(self, offset: int, length: int) -> list[Part]:
@@ -91,7 +84,7 @@ class CheckedContent:
 
         The pieces are good until the same thread asks again: what they lie in is used over and over.
         """
-        self._inside(offset, length)
+        require_inside(self.size, offset, length)
         room = self._room(length)
         found: list[Part] = []
         end = offset + length
@@ -112,28 +105,15 @@ class CheckedContent:
         return found
 
     def write(self, offset: int, data: bytes) -> None:
-        """Change the client's view; the image stays as it is.
-
-        Raises:
-            ValueError: when the range is not inside the disk.
-            OverlayFullError: when the overlay would grow over its bound; nothing was changed.
-            ContentMismatchError: when a block that is written in part differs from what was verified.
-        """
-        self._inside(offset, len(data))
-        last = (offset + len(data) + BLOCK - 1) // BLOCK
+        """Change the client's view; the image stays as it is. Errors as :meth:`core.disk.VerifiedDisk.write`."""
+        require_inside(self.size, offset, len(data))
         # Blocks below are read before the lock is taken: others go on reading meanwhile.
-        below = {index: self._below(index, offset, offset + len(data)) for index in range(offset // BLOCK, last)}
+        below = {index: self._below(index, offset, offset + len(data)) for index in touched(offset, len(data))}
         with self._lock:
             new = below.keys() - self._overlay.keys()
-            if len(self._overlay) + len(new) > self._overlay_blocks:
-                raise OverlayFullError(f"the guest changed more than {self._overlay_blocks * BLOCK} bytes of its disk")
+            require_room(self._overlay, len(new), self._overlay_blocks)
             self._overlay.update((index, below[index]) for index in new)
-            position = 0
-            while position < len(data):
-                index, start = divmod(offset + position, BLOCK)
-                part = data[position : position + BLOCK - start]
-                self._overlay[index][start : start + len(part)] = part
-                position += len(part)
+            put(self._overlay, offset, data)
 
     def extents(self, offset: int, length: int) -> Iterator[tuple[int, bool]]:
         """Yield (bytes, are they verified zeros) from ``offset`` on; read from what was verified, not from the image.
@@ -141,7 +121,7 @@ class CheckedContent:
         Raises:
             ValueError: when the range is not inside the disk.
         """
-        self._inside(offset, length)
+        require_inside(self.size, offset, length)
         end, start, zeros = offset + length, offset, False
         while offset < end:
             index = offset // BLOCK
@@ -152,10 +132,6 @@ class CheckedContent:
             zeros, offset = now, min(end, (index + 1) * BLOCK)
         if offset > start:
             yield offset - start, zeros
-
-    def _inside(self, offset: int, length: int) -> None:
-        if offset < 0 or length < 0 or offset + length > self.size:
-            raise ValueError(f"bytes {offset}+{length} are not inside a disk of {self.size} bytes")
 
     def _bounds(self, index: int) -> tuple[int, int]:
         return index * BLOCK, min(BLOCK, self.size - index * BLOCK)
@@ -210,24 +186,17 @@ class CheckedContent:
         """Read whole blocks and compare each with what was verified."""
         length = len(view)
         if self._reader.readinto(index * BLOCK, view) != length:
-            raise _differs(index)
+            raise mismatch(index)
         for start in range(0, length, BLOCK):
             block = view[start : start + BLOCK]
             digest = sha256(block)
             if len(block) < BLOCK:
                 digest.update(_ZERO[: BLOCK - len(block)])
             if digest.digest() != self._tree.leaf(index + start // BLOCK):
-                raise _differs(index + start // BLOCK)
+                raise mismatch(index + start // BLOCK)
         with self._lock:
             self.blocks_checked += -(-length // BLOCK)
         return view.toreadonly()
-
-
-def _differs(index: int) -> VmgraftError:
-    return ContentMismatchError(
-        f"block {index} of the guest content is not what was verified",
-        offset=index * BLOCK, field=f"block {index}", hint="the image changed; verify it",
-    )  # fmt: skip
 
 
 class LockedDisk:

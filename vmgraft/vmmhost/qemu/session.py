@@ -33,8 +33,7 @@ from vmgraft.vmmhost.qemu.process import QemuProcess, find_qemu
 from vmgraft.vmmhost.qemu.qmp import Qmp
 from vmgraft.vmmhost.qemu.screen import lines_of
 from vmgraft.vmmhost.qemu.watch import SerialPort
-from vmgraft.vmmhost.setup import Setup
-from vmgraft.vmmhost.supplements.cpio import pad
+from vmgraft.vmmhost.setup import LayerLog, Setup
 from vmgraft.vmmhost.supplements.media import CD_SECTOR
 from vmgraft.vmmhost.supplements.present import Presented
 from vmgraft.vmmhost.supplements.wire import present_plan
@@ -66,7 +65,7 @@ class QemuSession:
     def __init__(self, setup: Setup, stack: ExitStack) -> None:
         self._setup, self._stack = setup, stack
         self._logging = threading.Lock()
-        self._stop_requested = False
+        self._layer = LayerLog(self._write)
         self._loop = Loop(setup.options.timeout, setup.options.until, setup.console)
 
     def run(self) -> None:
@@ -106,8 +105,8 @@ class QemuSession:
         host = ExtensionHost(
             self._setup.specs,
             memory=_NoMemory(),
-            audit=self._audit,
-            stop=lambda detail: self._loop.stop(self._stop_reason(), detail),
+            audit=self._layer.write,
+            stop=lambda detail: self._loop.stop(self._layer.stop_reason(), detail),
             clock=self._loop.now_ns,
             time_left=self._loop.time_left,
             deterministic_seed=self._setup.options.seed,
@@ -139,7 +138,7 @@ class QemuSession:
             qmp_fd, serial_fd = self._pair(theirs, ours.append), self._pair(theirs, ours.append)
             api_fd = self._pair(theirs, ours.append) if any(spec.hypercalls for spec in setup.specs) else None
             qmp, serial, api = self._wrap(ours)
-            direct = self._direct(theirs, presented.initrd)
+            direct = self._direct(theirs, presented)
             machine = QemuMachine(kvm, setup.plan.memory_mib, qmp_fd, serial_fd, api_fd, tuple(drives), direct)
             process = stack.enter_context(QemuProcess(machine))
         return Guest(process, qmp, serial, api, server)
@@ -162,11 +161,11 @@ class QemuSession:
         keep(our_end)
         return their_end.fileno()
 
-    def _direct(self, theirs: ExitStack, supplement: bytes) -> Direct | None:
+    def _direct(self, theirs: ExitStack, presented: Presented) -> Direct | None:
         files = self._setup.plan.direct
         if files is None:
             return None
-        initrd = files.initrd + pad(len(files.initrd)) + supplement if supplement else files.initrd
+        initrd = presented.with_initrd(files.initrd)
         fds = [sealed("vmgraft-kernel", files.kernel), *([sealed("vmgraft-initrd", initrd)] if initrd else [])]
         for fd in fds:
             theirs.callback(os.close, fd)
@@ -219,14 +218,6 @@ class QemuSession:
         """Write to the audit log, which NBD's threads do too."""
         with self._logging:
             self._setup.log.write(event, detail)
-
-    def _audit(self, event: str, detail: dict[str, Any]) -> None:
-        """Write an event of the layer; remember whether a stop was asked for or is a penalty."""
-        self._stop_requested = event == "stop-request"
-        self._write(event, detail)
-
-    def _stop_reason(self) -> EndReason:
-        return EndReason.SHUTDOWN if self._stop_requested else EndReason.FAULT
 
 
 def choose_kvm(cpu: str) -> tuple[bool, str]:

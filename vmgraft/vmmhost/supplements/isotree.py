@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from vmgraft.errors import MalformedImageError, UnsupportedError
+from vmgraft.vmmhost.core.disk import require_inside
 from vmgraft.vmmhost.supplements.iso import MAX_ENTRIES, Folder, Link, Node, VolumeFile
-from vmgraft.vmmhost.supplements.media import CD_SECTOR, inside
+from vmgraft.vmmhost.supplements.media import CD_SECTOR
 from vmgraft.vmmhost.supplements.rockridge import Attributes, skip_of, system_use
 
 if TYPE_CHECKING:
@@ -71,7 +72,7 @@ class _Stretch:
     size: int
 
     def read(self, offset: int, length: int) -> bytes:
-        inside(self.size, offset, length)
+        require_inside(self.size, offset, length)
         found = []
         for start, size in self.parts:
             if offset < size and length:

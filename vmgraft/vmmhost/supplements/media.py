@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Final, Protocol
+from typing import Final, Protocol
 
 from vmgraft.errors import FileError
-from vmgraft.vmmhost.core.disk import BLOCK, OverlayFullError
-
-if TYPE_CHECKING:
-    from vmgraft.vmmhost.core.drives import Disk
+from vmgraft.vmmhost.core.disk import BLOCK, OverlayFullError, require_inside
+from vmgraft.vmmhost.core.drives import Disk, DiskAround
 
 #: Bytes of a sector of a CD (ECMA-119, 6.1.2).
 CD_SECTOR: Final = 2048
@@ -49,7 +47,7 @@ class ReadOnlyDisk:
             ValueError: the range is not inside the disk.
             FileError: the file behind it cannot be read.
         """
-        inside(self.size, offset, length)
+        require_inside(self.size, offset, length)
         data = self._data.read(offset, length)
         if len(data) != length:
             raise FileError("a volume that was made for the guest became shorter", offset=offset)
@@ -62,11 +60,11 @@ class ReadOnlyDisk:
             ValueError: the range is not inside the disk.
             OverlayFullError: always else; the guest sees a write error.
         """
-        inside(self.size, offset, len(data))
+        require_inside(self.size, offset, len(data))
         raise OverlayFullError("this volume cannot be written to")
 
 
-class OverlaidDisk:
+class OverlaidDisk(DiskAround):
     """Another disk with bytes laid over it, in the guest's view only; what the guest writes wins over both.
 
     The disk below stays what it is and goes on checking its own blocks: only blocks that the guest writes to hold
@@ -81,7 +79,7 @@ class OverlaidDisk:
     """
 
     def __init__(self, base: Disk, patches: Sequence[tuple[int, bytes]]) -> None:
-        self._base, self.size, self.sector_size = base, base.size, base.sector_size
+        super().__init__(base)
         end = 0
         for offset, data in sorted(patches):
             if offset < end or not data or offset + len(data) > self.size:
@@ -91,19 +89,9 @@ class OverlaidDisk:
         self._patches = sorted(patches)
         self._starts = [offset for offset, _ in self._patches]
 
-    @property
-    def blocks_checked(self) -> int:
-        """How many blocks the disk below has checked."""
-        return self._base.blocks_checked
-
-    @property
-    def blocks_written(self) -> int:
-        """How many blocks the guest has changed."""
-        return self._base.blocks_written
-
     def read(self, offset: int, length: int) -> bytes:
         """Return bytes as the guest sees them; raises what the disk below raises."""
-        data = self._base.read(offset, length)
+        data = self.inner.read(offset, length)
         touched = self._touched(offset, length)
         if not touched:
             return data
@@ -119,15 +107,15 @@ class OverlaidDisk:
         The overlaid bytes of a block that is written to go down with it into the written part of the disk below, so
         that from then on every byte has one place.
         """
-        inside(self.size, offset, len(data))
+        require_inside(self.size, offset, len(data))
         if not self._touched(offset, len(data)):
-            self._base.write(offset, data)
+            self.inner.write(offset, data)
             return
         start = offset // BLOCK * BLOCK
         end = min(-(-(offset + len(data)) // BLOCK) * BLOCK, self.size)
         merged = bytearray(self.read(start, end - start))
         merged[offset - start : offset - start + len(data)] = data
-        self._base.write(start, bytes(merged))
+        self.inner.write(start, bytes(merged))
         self._patches = [part for place, patch in self._patches for part in _outside(place, patch, start, end)]
         self._starts = [place for place, _ in self._patches]
 
@@ -147,13 +135,3 @@ def _outside(place: int, patch: bytes, start: int, end: int) -> list[tuple[int, 
     """Return what of a patch lies before ``start`` or from ``end`` on."""
     left, right = patch[: max(start - place, 0)], patch[max(end - place, 0) :]
     return [part for part in ((place, left), (max(place, end), right)) if part[1]]
-
-
-def inside(size: int, offset: int, length: int) -> None:
-    """Refuse a range outside a disk.
-
-    Raises:
-        ValueError: it is not inside.
-    """
-    if offset < 0 or length < 0 or offset + length > size:
-        raise ValueError(f"bytes {offset}+{length} are not inside a disk of {size} bytes")
