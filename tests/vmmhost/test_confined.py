@@ -129,15 +129,8 @@ def ordinary(studio) -> list[str]:
         pytest.skip("no mount namespaces here, in which an ordinary user could be played")
     for path in (*studio.folder.rglob("*"), studio.folder):
         os.chown(path, USER, USER)
-    folder = studio.folder
-    while folder != Path("/"):
-        if folder.stat().st_uid == 0 and not folder.stat().st_mode & 1:
-            folder.chmod(folder.stat().st_mode | 1)  # pytest's own, of mode 0700
-        folder = folder.parent
-    scratch = studio.folder / "scratch"
-    scratch.mkdir()
-    how = ["unshare", "--mount", "--propagation", "private", str(AS_USER), str(scratch)]
-    return [*how, str(USER), str(GROUP), sys.base_prefix]
+    needed = dict.fromkeys(map(str, (studio.folder, sys.base_prefix, ROOT, sys.prefix)))
+    return ["unshare", "--mount", "--propagation", "private", str(AS_USER), str(USER), str(GROUP), *needed, "--"]
 
 
 def boot_record(studio) -> dict:

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,14 @@ from vmgraft.imagefmt.graft import Graft, open_graft, open_image
 from vmgraft.imagefmt.record import Section, SectionKind
 from vmgraft.imagefmt.tree import ContentTree
 from vmgraft.imagefmt.treesection import stored_tree
+from vmgraft.signing.keys import generate
 from vmgraft.signing.manifest import canonical_manifest, parse_manifest
 from vmgraft.signing.policytools import format_policy, init_policy
 from vmgraft.vendor import edit, resign
 from vmgraft.vendor import graft as grafting
 from vmgraft.vendor.graft import AttachOptions, attach
 from vmgraft.vendor.pack import Package
+from vmgraft.vmmhost import verification
 from vmgraft.vmmhost.core.contract import EndReason
 from vmgraft.vmmhost.launch import Launcher
 from vmgraft.vmmhost.plan import RunOptions
@@ -123,6 +126,7 @@ def test_a_wrong_boot_block_never_starts(studio, make) -> None:
     with pytest.raises(ContentMismatchError) as caught:
         run(studio)
     assert caught.value.field == "block 0"
+    assert caught.value.file == str(studio.image)
 
 
 def test_the_program_ends_with_12_and_names_the_block(studio, make) -> None:
@@ -249,3 +253,73 @@ def test_a_policy_can_demand_that_all_is_read(studio, make) -> None:
     studio.policy.write_bytes(format_policy(document))
     studio.audit_log.unlink()
     assert run(studio).plan.content_check == FIRST_READ
+
+
+def stranger(studio: Any) -> None:
+    """Let the policy know another key than the one that signed."""
+    document = json.loads(studio.policy.read_bytes())
+    document["keys"] = [{"name": "other", "pem": generate("p256").public.pem.decode()}]
+    document["trustPolicies"][0]["signatures"] = {"allOf": ["key:other"]}
+    studio.policy.write_bytes(format_policy(document))
+
+
+def two_signers(studio: Any) -> None:
+    """Let the policy demand the signature of one more key than has signed."""
+    document = json.loads(studio.policy.read_bytes())
+    document["keys"].append({"name": "other", "pem": generate("p256").public.pem.decode()})
+    document["trustPolicies"][0]["signatures"] = {"allOf": ["key:other", f"key:{document['keys'][0]['name']}"]}
+    studio.policy.write_bytes(format_policy(document))
+
+
+def demand_more(studio: Any) -> None:
+    """Let the policy demand an extension that is not there."""
+    document = json.loads(studio.policy.read_bytes())
+    document["trustPolicies"][0]["requireExtensions"] = ["org.example.absent"]
+    studio.policy.write_bytes(format_policy(document))
+
+
+@pytest.mark.parametrize("spoiled", [stranger, two_signers, demand_more])
+def test_no_tree_is_parsed_and_nothing_read_of_what_is_refused(
+    studio, make, spoiled: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The section is unsigned: whoever cannot sign must not be able to make the host compute."""
+    make(REST)
+    spoiled(studio)
+    monkeypatch.setattr(verification, "stored_tree", lambda *_: pytest.fail("the tree was parsed"))
+    monkeypatch.setattr(Graft, "content", lambda *_: pytest.fail("the content was read"))
+    report = run(studio)
+    assert report.error is not None
+    assert report.plan is None
+    assert "not read" in content_detail(report)
+
+
+def test_a_signature_that_merely_counts_as_a_warning_opens_no_tree(
+    studio, make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make(REST)
+    document = json.loads(studio.policy.read_bytes())
+    document["keys"].append({"name": "other", "pem": generate("p256").public.pem.decode()})
+    rule = document["trustPolicies"][0]
+    rule["signatures"] = {"allOf": ["key:other"]}
+    rule["signatureVerification"] = {"level": "strict", "override": {"authenticity": "log"}}
+    studio.policy.write_bytes(format_policy(document))
+    monkeypatch.setattr(verification, "stored_tree", lambda *_: pytest.fail("the tree was parsed"))
+    report = run(studio)
+    assert (report.error, report.plan.content_check) == (None, BEFORE)
+
+
+def test_a_tree_of_another_size_than_the_signed_one_is_not_parsed(
+    studio, make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make(REST)
+    real = verification.judge_evidence
+
+    def other_size(*args: Any, **options: Any) -> Any:
+        judgement = real(*args, **options)
+        image = replace(judgement.run.statement.image, virtual_size=(1 << 20) + 512)
+        judgement.run.statement = replace(judgement.run.statement, image=image)
+        return judgement
+
+    monkeypatch.setattr(verification, "judge_evidence", other_size)
+    monkeypatch.setattr(verification, "stored_tree", lambda *_: pytest.fail("the tree was parsed"))
+    assert run(studio).plan.content_check == BEFORE

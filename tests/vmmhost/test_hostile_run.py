@@ -135,9 +135,10 @@ def test_a_worker_that_is_killed_at_any_moment(studio, harmless, monkeypatch: py
         kill(self, "after")
         return answer
 
-    def post(self: WorkerLink, packet: bytes) -> None:
-        real_post(self, packet)
+    def post(self: WorkerLink, packet: bytes, deadline: float) -> bool:
+        sent = real_post(self, packet, deadline)
         kill(self, "in the midst of")
+        return sent
 
     monkeypatch.setattr(WorkerLink, "call", call)
     monkeypatch.setattr(WorkerLink, "_post", post)

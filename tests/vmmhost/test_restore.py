@@ -184,10 +184,10 @@ def other_module(world: Counting) -> dict[str, Any]:
     ("change", "kind", "field"),
     [
         (other_image, UsageError, "contentTree"),
-        (other_module, UsageError, "statementSha256"),
+        (other_module, UsageError, "extensions"),
         (lambda world: {"memory_mib": 32}, UsageError, "memoryMiB"),
         (lambda world: {"boot": "disk"}, UsageError, "boot"),
-        (lambda world: {"extensions": False}, UsageError, "supplements"),
+        (lambda world: {"extensions": False}, UsageError, "extensions"),
         (lambda world: {"cpu": "kvm"}, HostError, "cpu"),
         (lambda world: {"record": world.folder / "tape"}, UsageError, "restore"),
         (lambda world: {"engine": "qemu"}, UsageError, "restore"),

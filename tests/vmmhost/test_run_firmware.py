@@ -8,6 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from vmgraft.cli.console import Outputs
+from vmgraft.errors import VmgraftError
+from vmgraft.schemas import validate
+
 BIOS = Path("/usr/share/seabios/bios-256k.bin")
 #: Sends "ok", then powers off: mov dx,3f8 / mov al,'o' / out / mov al,'k' / out / mov dx,604 / mov ax,2000 / out / hlt.
 GUEST = bytes.fromhex("baf803b06feeb06beeba0406b80020eff4")
@@ -63,3 +67,29 @@ def test_a_firmware_file_of_ones_own(run, tmp_path):
 def test_a_firmware_file_goes_with_seabios_only(run):
     code, report = run("--firmware", "trap", "--bios", str(BIOS), **FREE)
     assert (code, report["error"]["code"]) == (2, "usage")
+
+
+def test_what_the_firmware_says_can_be_seen(run, tmp_path):
+    debug = tmp_path / "debug"
+    code, report = run("--debug", str(debug), **FREE)
+    assert code == 0, report
+    assert b"Booting from Hard Disk" in debug.read_bytes()
+    assert "Booting from Hard Disk" in report["end"]["debug"]
+    assert len(report["end"]["debug"]) <= 65536
+    validate("report", report, file=None, error=VmgraftError)
+    code, report = run("--debug", str(debug), **FREE)
+    assert report["error"]["message"] == "the file exists already"
+
+
+def test_another_engine_keeps_no_debug_output(run, tmp_path):
+    code, report = run("--engine", "qemu", "--debug", str(tmp_path / "debug"), **FREE)
+    assert (code, report["error"]["code"]) == (2, "usage")
+    assert not (tmp_path / "debug").exists()
+
+
+@pytest.mark.parametrize(("as_json", "shown"), [(False, b"a\x1b\n"), (True, b"")])
+def test_debug_output_on_stdout_leaves_the_json_object_alone(capfdbinary, as_json, shown):
+    with Outputs(screen=None, serial=None, debug=Path("-"), as_json=as_json) as outputs:
+        outputs.write_debug(b"a\x1b\n")
+    sys.stdout.flush()
+    assert capfdbinary.readouterr().out == shown

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from vmgraft.cli.ctlview import show_extension
 from vmgraft.errors import FileError, HostError, UsageError, VmgraftError
 from vmgraft.vmmhost.core.contract import EndReason
 from vmgraft.vmmhost.launch import Launcher, RunReport
@@ -80,6 +81,9 @@ def test_a_replay_repeats_the_run(noisy: Any, tmp_path: Path, monkeypatch: pytes
             last = [record for record in noisy.log() if record["event"] == "replay"]
             assert last[0]["sha256"] in tape.read_text().splitlines()[-1]
             assert last[1]["whole"] is True
+            (start,) = [record for record in noisy.log() if record["event"] == "extension-start"]
+            assert (start["replayed"], start["pid"], start["isolation"], start["mechanisms"]) == (True, None, None, [])
+            assert not {"seen", "unseen", "seccomp"} & set(start)
             noisy.audit_log.unlink()
 
 
@@ -122,6 +126,18 @@ def test_a_replay_is_not_remembered(noisy: Any, tmp_path: Path) -> None:
     assert report.memory == {"file": str(tmp_path / "state" / "state.db"), "created": False, "raised": []}
 
 
+def test_a_replay_claims_no_isolation(noisy: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tape = tmp_path / "tape"
+    (lived,) = run(noisy, record=tape).extensions
+    report = run(noisy, replay=tape)
+    (played,) = report.extensions
+    assert (lived["replayed"], played["replayed"], played["isolation"], played["mechanisms"]) == (False, True, None, [])
+    assert lived["isolation"] is not None
+    assert played["calls"] == lived["calls"]
+    show_extension(played, err=False)
+    assert ": running, replayed, " in capsys.readouterr().out
+
+
 # --- what is not played ----------------------------------------------------------------------------------------------
 
 
@@ -141,9 +157,12 @@ def test_another_run_is_not_played(recorded: Any, studio: Any) -> None:
     made, tape = recorded
     refused(made, tape, UsageError, "memoryMiB differs", memory_mib=65)
     refused(made, tape, UsageError, "keys differs", keys="x")
-    refused(made, tape, UsageError, "differs", extensions=False)
+    refused(made, tape, UsageError, "other extensions", extensions=False)
     studio.boot_code(READ_AND_SEND)
     studio.graft(studio.wat(BODY + "(func)", IMPORTS), capabilities=CAPABILITIES)
+    refused(studio, tape, UsageError, "other extensions")
+    studio.image.unlink()
+    studio.graft(studio.wat(BODY, IMPORTS), capabilities=[*CAPABILITIES, "log"])  # the same module, with more rights
     refused(studio, tape, UsageError, "statementSha256 differs")
 
 

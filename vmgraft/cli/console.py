@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import stat
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -23,7 +25,7 @@ _HARMLESS = frozenset(range(0x20, 0x7F)) | {0x08, 0x09, 0x0A, 0x0D}
 
 
 class Outputs:
-    """Opens the files of ``--screen`` and ``--serial``; a context manager.
+    """Opens the files of ``--screen``, ``--serial`` and ``--debug``; a context manager.
 
     Args:
         screen: File, ``-`` for stdout, or None.
@@ -31,6 +33,7 @@ class Outputs:
         terminal: Shows what the guest sends to the serial port, instead of a file or stdout.
         serial: File, ``-`` for stdout, or None for stdout unless JSON is printed there.
         as_json: Keep stdout for the JSON object.
+        debug: File, ``-`` for stdout, or None, for what came out of the debug ports.
 
     Raises:
         FileError: a file exists already or cannot be created.
@@ -42,6 +45,7 @@ class Outputs:
         screen: Path | None,
         serial: Path | None,
         as_json: bool,
+        debug: Path | None = None,
         form: str | None = None,
         terminal: Terminal | None = None,
     ) -> None:
@@ -50,17 +54,23 @@ class Outputs:
             raise UsageError("a picture goes to a file", hint="--screen FILE.png")
         self._terminal = terminal
         self._files: list[tuple[Path, BinaryIO]] = []
+        self._devices: list[BinaryIO] = []
         #: Set once the guest has run: only then do the files stay.
         self.started = False
         self.screen_wanted, self._as_json = screen is not None, as_json
         self._screen = self._open(screen)
         self._serial = self._open(serial)
+        self._debug, self._debug_wanted = self._open(debug), debug is not None
         self._to_terminal = not as_json and (serial is None or str(serial) == "-")
         self.serial_sink: Callable[[bytes], None] | None = self._write_serial
 
     def _open(self, path: Path | None) -> BinaryIO | None:
         if path is None or str(path) == "-":
             return None
+        device = _device(path)
+        if device is not None:
+            self._devices.append(device)
+            return device
         try:
             file = path.open("xb")
         except FileExistsError as error:
@@ -94,6 +104,15 @@ class Outputs:
             text = screen_bytes(lines, cells, "text").decode()
             click.echo("\n".join(map(printable, text.split("\n"))), nl=False)
 
+    def write_debug(self, data: bytes) -> None:
+        """Write what came out of the debug ports where it was asked for."""
+        if self._debug is not None:
+            self._debug.write(data)
+        elif self._debug_wanted and not self._as_json and interactive(sys.stdout):
+            click.echo(visible(data), nl=False)
+        elif self._debug_wanted and not self._as_json:
+            write_stdout(data)
+
     def close(self) -> None:
         """Close the files; when no guest ran, take them away again."""
         for path, file in self._files:
@@ -102,12 +121,35 @@ class Outputs:
                 with suppress(OSError):
                     path.unlink(missing_ok=True)
         self._files.clear()
+        for device in self._devices:
+            device.close()
+        self._devices.clear()
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None) -> None:
         self.close()
+
+
+def _device(path: Path) -> BinaryIO | None:
+    """Open a character device, such as /dev/null, which is there before and stays; None for anything else.
+
+    Raises:
+        FileError: it cannot be opened.
+        UsageError: it is a terminal, which would get the guest's bytes as they are.
+    """
+    if not path.is_char_device():
+        return None
+    try:
+        fd = os.open(path, os.O_WRONLY | os.O_NOCTTY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError as error:
+        raise FileError(f"cannot open: {error.strerror}", file=path) from error
+    if stat.S_ISCHR(os.fstat(fd).st_mode) and not os.isatty(fd):
+        os.set_blocking(fd, True)
+        return os.fdopen(fd, "wb")
+    os.close(fd)
+    raise UsageError("a terminal gets no output as it is", file=path, hint="- shows it in a harmless form")
 
 
 def visible(data: bytes) -> str:

@@ -41,7 +41,8 @@ def show_extension(item: dict[str, Any], before: dict[str, Any] | None = None, *
     """Print one extension's counters on one line."""
     since = "" if before is None else f" (+{_number(item.get('calls')) - _number(before.get('calls'))})"
     words = f"extension {item.get('id')} {item.get('version')}: {item.get('state')}, "
-    words += f"isolation level {item.get('isolation')}, {counted(_number(item.get('calls')), 'call')}{since}, "
+    words += "replayed" if item.get("replayed") is True else f"isolation level {item.get('isolation')}"
+    words += f", {counted(_number(item.get('calls')), 'call')}{since}, "
     words += counted(_number(item.get("faults")), "fault")
     timing = item.get("latencyMicroseconds")
     if isinstance(timing, dict) and timing:

@@ -20,6 +20,22 @@ FILE = click.Path(path_type=Path, dir_okay=False)
 DIRECTORY = click.Path(path_type=Path, file_okay=False)
 
 
+class NamedFile(click.Path):
+    """A file that must have a name: ``-`` would be taken for a stream, which cannot stand here."""
+
+    def __init__(self) -> None:
+        super().__init__(path_type=Path, dir_okay=False)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Refuse ``-``; else as any path."""
+        if str(value) == "-":
+            self.fail("a file with a name is expected, not '-'; a file of that name is ./- .", param, ctx)
+        return super().convert(value, param, ctx)
+
+
+NAMED_FILE = NamedFile()
+
+
 def json_option(function: F) -> F:
     """``--json``: exactly one JSON object on stdout, on success and on failure."""
     return click.option("--json", "as_json", is_flag=True, help="Print one JSON object, on success and on failure.")(

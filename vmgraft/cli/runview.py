@@ -18,7 +18,10 @@ from vmgraft.signing.contract import Report
 from vmgraft.vmmhost.core.contract import EndReason
 from vmgraft.vmmhost.core.machine import MachineResult
 from vmgraft.vmmhost.launch import RunReport
+from vmgraft.vmmhost.report import presented
 
+#: Bytes of debug output in the JSON object, its last; ``--debug`` writes all that was kept.
+_DEBUG_SHOWN: Final = 64 << 10
 #: What to do about a guest that asks too much of an engine.
 _OTHER_ENGINE: Final = "try --engine qemu, or --cpu kvm where it is native (`vmgraft doctor`)"
 
@@ -29,12 +32,23 @@ def warn_before(verdict: Report) -> None:
         show_warnings(list(verdict.warnings))
 
 
-def finish_run(report: RunReport, image: Path, outputs: Outputs, *, as_json: bool) -> int:
-    """Print what happened and return the exit code."""
+def finish_run(
+    report: RunReport, image: Path, outputs: Outputs, *, as_json: bool, audit_log: Path | None = None
+) -> int:
+    """Print what happened and return the exit code.
+
+    Args:
+        report: How the run went.
+        image: What was run.
+        outputs: Where the guest's screen goes.
+        as_json: Print one JSON object.
+        audit_log: The log that was written, to tell people the hash that it ends with.
+    """
     code = exit_code(report.error)
     if report.result is not None:
         outputs.started = True
         outputs.write_screen(report.result.screen, report.cells)
+        outputs.write_debug(report.result.debug)
     if as_json:
         emit_json(run_document(report, image, code))
         return code
@@ -44,6 +58,8 @@ def finish_run(report: RunReport, image: Path, outputs: Outputs, *, as_json: boo
         click.echo(json.dumps({**report.plan.to_dict(), "planSha256": report.plan.digest}, indent=2))
     else:
         _show_end(report, report.result, image)
+    if audit_log is not None and report.audit_head is not None:
+        click.echo(f"audit log {printable(str(audit_log))}: head {report.audit_head}", err=True)
     return code
 
 
@@ -59,6 +75,7 @@ def run_document(report: RunReport, image: Path, code: int) -> dict[str, Any]:
     result = report.result
     document["confinement"] = report.confinement
     document["layer"] = report.extensions
+    document["supplements"] = presented(report)
     document["control"] = report.control
     document["end"] = {
         "reason": result.reason.value,
@@ -72,6 +89,7 @@ def run_document(report: RunReport, image: Path, code: int) -> dict[str, Any]:
         "blocksWritten": result.blocks_written,
         "screen": list(result.screen),
         "serial": result.serial.decode("latin-1"),
+        "debug": result.debug[-_DEBUG_SHOWN:].decode("latin-1"),
     }
     if report.error is not None:
         document["error"] = {**_failure(report, result, image).to_dict(), "code": report.error}
@@ -84,6 +102,9 @@ def _show_end(report: RunReport, result: MachineResult, image: Path) -> None:
         _show_memory(report.memory)
     for item in report.extensions:
         show_extension(item, err=True)
+    for item in presented(report):
+        what = ", ".join(each["kind"] for each in item["supplements"])
+        click.echo(printable(f"supplements of {item['id']} {item['version']}: {what}"), err=True)
     engine = f"{result.engine}{' (emulated)' if result.emulated else ''}"
     click.echo(f"ended: {_why(result)} after {result.wall_seconds:.2f} s on {engine}", err=True)
     if report.error is not None:

@@ -122,12 +122,15 @@ class ContentTree:
         _fill_last(nodes, self.block_count, 0)
         level = 1
         while count > 1:
-            parents: dict[int, bytes] = {}
-            for index in {child // FAN_OUT for child in nodes}:
-                first = index * FAN_OUT
-                children = range(first, min(first + FAN_OUT, count))
-                block = b"".join(nodes.get(child, _ZERO_HASH[level]) for child in children)
-                parents[index] = sha256(block.ljust(BLOCK_SIZE, b"\0")).digest()
+            blocks: dict[int, bytearray] = {}
+            for child, node in nodes.items():
+                index, inside = divmod(child, FAN_OUT)
+                block = blocks.get(index)
+                if block is None:
+                    full = min(FAN_OUT, count - index * FAN_OUT)
+                    block = blocks[index] = bytearray((_ZERO_HASH[level] * full).ljust(BLOCK_SIZE, b"\0"))
+                block[inside * _HASH_SIZE : (inside + 1) * _HASH_SIZE] = node
+            parents = {index: sha256(block).digest() for index, block in blocks.items()}
             _fill_last(parents, count, level)
             nodes, count, level = parents, -(-count // FAN_OUT), level + 1
         return nodes.get(0, _ZERO_HASH[level])
@@ -136,8 +139,8 @@ class ContentTree:
 def _fill_last(nodes: dict[int, bytes], count: int, level: int) -> None:
     """Add the node over the last, incomplete group of ``count`` zero subtrees, which is no constant."""
     rest = count % FAN_OUT
-    if rest:
-        nodes.setdefault(count // FAN_OUT, sha256((_ZERO_HASH[level] * rest).ljust(BLOCK_SIZE, b"\0")).digest())
+    if rest and count // FAN_OUT not in nodes:
+        nodes[count // FAN_OUT] = sha256((_ZERO_HASH[level] * rest).ljust(BLOCK_SIZE, b"\0")).digest()
 
 
 def _first_block(run: tuple[int, bytes]) -> int:

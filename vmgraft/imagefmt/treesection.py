@@ -14,9 +14,11 @@ from typing import TYPE_CHECKING, Final
 from vmgraft.errors import GraftFormatError, UsageError
 from vmgraft.imagefmt._layout import MAX_RAW_SIZE
 from vmgraft.imagefmt.record import Section, SectionKind
-from vmgraft.imagefmt.treenodes import BLOCK_SIZE, ZERO_LEAF, ContentTree, TreeBuilder
+from vmgraft.imagefmt.treenodes import BLOCK_SIZE, FAN_OUT, ZERO_LEAF, ContentTree, TreeBuilder
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from vmgraft.imagefmt.graft import Graft
 
 _HEAD: Final = struct.Struct("<HBBIQ")  # version, log2 of the block size, hash algorithm, runs, virtual size
@@ -25,15 +27,29 @@ _VERSION: Final = 1
 _LOG2_BLOCK: Final = BLOCK_SIZE.bit_length() - 1
 _SHA256: Final = 1  # FS_VERITY_HASH_ALG_SHA256 (include/uapi/linux/fsverity.h)
 _HASH: Final = 32
+#: Runs of a section: each costs time that its few bytes do not pay for.
+MAX_RUNS: Final = 65536
+#: Nodes of 64 KiB that the runs of a section may touch, in all levels together: what is hashed for the root, 640 MiB.
+#: Data all over 1 TiB touches 8,200; the densest section there can be, 1,027.
+MAX_NODES: Final = 10240
 
 
 def tree_section(tree: ContentTree) -> Section:
     """Return the section that holds a tree.
 
     Raises:
-        UsageError: the content has so much data that the section would be over the format's limit of 64 MiB.
+        UsageError: the content has so much data that the section would be over the format's limit of 64 MiB, or is so
+            scattered that no reader takes it.
     """
     runs = list(_runs(tree))
+    touched = _nodes([(first, first + len(part) // _HASH - 1) for first, part in runs], tree.block_count)
+    if len(runs) > MAX_RUNS or touched > MAX_NODES:
+        raise UsageError(
+            f"the content is too scattered for a stored tree: {len(runs)} runs of data that touch {touched} nodes, "
+            f"at most {MAX_RUNS} and {MAX_NODES} are read",
+            field="tree",
+            hint="leave --with-tree out: hosts then read all of the content before they start it",
+        )
     hashes = b"".join(part for _first, part in runs)
     raw = b"".join((
         _HEAD.pack(_VERSION, _LOG2_BLOCK, _SHA256, len(runs), tree.virtual_size),
@@ -66,8 +82,47 @@ def _runs(tree: ContentTree) -> list[tuple[int, bytes]]:
     return [(first, bytes(hashes)) for first, hashes in found]
 
 
+def _nodes(spans: list[tuple[int, int]], blocks: int) -> int:
+    """Return how many nodes have to be hashed for a root over runs (first and last block, ascending)."""
+    total = 0
+    while blocks > 1:
+        above: list[tuple[int, int]] = []
+        for first, last in ((one // FAN_OUT, other // FAN_OUT) for one, other in spans):
+            if above and first <= above[-1][1]:
+                above[-1] = (above[-1][0], last)
+            else:
+                above.append((first, last))
+        total += sum(last - first + 1 for first, last in above) + 1  # and the incomplete one at the end
+        spans, blocks = above, -(-blocks // FAN_OUT)
+    return total
+
+
+def _read_runs(
+    data: bytes, end: int, blocks: int, refuse: Callable[[str, str], GraftFormatError]
+) -> list[tuple[int, int]]:
+    """Return (first, last) block of each run; nothing has been hashed until they are all found to be affordable."""
+    spans: list[tuple[int, int]] = []
+    position, before = end, -1
+    for first, length in _RUN.iter_unpack(data[_HEAD.size : end]):
+        if not (before < first < blocks and 0 < length <= blocks - first):
+            raise refuse(f"a run of {length} blocks at {first} is empty, out of order or outside the content", "runs")
+        position += length * _HASH
+        if position > len(data):
+            raise refuse("there are fewer hashes than blocks", "hashes")
+        spans.append((first, first + length - 1))
+        before = first + length
+    if position != len(data):
+        raise refuse("there are more hashes than blocks", "hashes")
+    touched = _nodes(spans, blocks)
+    if touched > MAX_NODES:
+        raise refuse(f"its runs touch {touched} nodes, at most {MAX_NODES} are computed", "runs")
+    return spans
+
+
 def parse_tree(data: bytes, virtual_size: int, *, file: str | None, offset: int) -> ContentTree:
     """Return the tree of a section; root and digest are computed from the leaves, never read.
+
+    Nothing is hashed before the whole layout is known to be sound and within ``MAX_RUNS`` and ``MAX_NODES``.
 
     Args:
         data: The section's raw bytes.
@@ -90,21 +145,15 @@ def parse_tree(data: bytes, virtual_size: int, *, file: str | None, offset: int)
     if size != virtual_size:
         raise refuse(f"the tree of {size} bytes, where the content has {virtual_size}", "virtualSize")
     position = _HEAD.size + count * _RUN.size
-    if position > len(data):
-        raise refuse(f"{count} runs do not fit into {len(data)} bytes", "runs")
-    builder, blocks, end = TreeBuilder(size), -(-size // BLOCK_SIZE), -1
-    for first, length in _RUN.iter_unpack(data[_HEAD.size : position]):
-        if not (end < first < blocks and 0 < length <= blocks - first):
-            raise refuse(f"a run of {length} blocks at {first} is empty, out of order or outside the content", "runs")
-        if position + length * _HASH > len(data):
-            raise refuse("there are fewer hashes than blocks", "hashes")
-        hashes = data[position : position + length * _HASH]
+    if count > MAX_RUNS or position > len(data):
+        raise refuse(f"{count} runs do not fit into {len(data)} bytes, or are more than {MAX_RUNS}", "runs")
+    builder = TreeBuilder(size)
+    for first, last in _read_runs(data, position, -(-size // BLOCK_SIZE), refuse):
+        hashes = data[position : position + (last - first + 1) * _HASH]
         if ZERO_LEAF in hashes:
             raise refuse("a run holds a block of zeros", "hashes")
         builder.add(first * BLOCK_SIZE, hashes)
-        position, end = position + len(hashes), first + length
-    if position != len(data):
-        raise refuse("there are more hashes than blocks", "hashes")
+        position += len(hashes)
     return builder.finish()
 
 

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
-from importlib import metadata
+import shutil
+from importlib import import_module, metadata
 from typing import Any, Final
 
-from vmgraft.errors import VmgraftError
+from vmgraft.errors import HostError, VmgraftError
 from vmgraft.vmmhost.core.probe import detect
+from vmgraft.vmmhost.core.seabios import load_firmware
 from vmgraft.vmmhost.layer.client import ExtensionHost
 from vmgraft.vmmhost.layer.filters import described
 from vmgraft.vmmhost.layer.spec import ExtensionSpec
+from vmgraft.vmmhost.qemu.process import PROGRAM
 
 PACKAGES: Final = (
     "click", "construct", "cryptography", "jsonschema", "numpy", "pycdlib", "rich", "unicorn", "wasmtime", "zstandard",
+)  # fmt: skip
+#: What a package that is damaged, or lacks a library, may raise when it is imported.
+_IMPORT_FAILURES: Final = (
+    ImportError, OSError, AttributeError, TypeError, ValueError, RuntimeError, SyntaxError, LookupError, NameError,
 )  # fmt: skip
 #: The smallest module of ABI vmgraft/1: one function without body, exported as its marker.
 TINY_MODULE: Final = (
@@ -23,6 +30,8 @@ TINY_MODULE: Final = (
 def examine() -> dict[str, Any]:
     """Return engines, sandbox and packages as found; starts one worker with an empty extension.
 
+    ``packages`` has the version of each that can be imported, ``broken`` why another that is installed cannot;
+    ``programs`` the path of what else an engine or a firmware needs, or None.
     ``ready`` says whether ``vmgraft run`` can work here: some engine is usable and workers start.
     """
     engines = [
@@ -30,12 +39,15 @@ def examine() -> dict[str, Any]:
         for info in detect()
     ]
     sandbox = _sandbox()
+    packages, broken = _packages()
     return {
         "ready": any(engine["usable"] for engine in engines) and sandbox["works"],
         "engines": engines,
         "sandbox": sandbox,
         "filters": described(),
-        "packages": {name: _version(name) for name in PACKAGES},
+        "programs": {PROGRAM: shutil.which(PROGRAM), "seabios": _seabios()},
+        "packages": packages,
+        "broken": broken,
     }
 
 
@@ -65,9 +77,26 @@ def _sandbox() -> dict[str, Any]:
     return {"works": True, "level": found["isolation"], "mechanisms": found["mechanisms"], "reason": ""}
 
 
-def _version(name: str) -> str | None:
-    """Return the installed version of a package, or None."""
+def _seabios() -> str | None:
+    """Return the file of a stock firmware that can be used, or None."""
     try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
+        return load_firmware().path
+    except HostError:
         return None
+
+
+def _packages() -> tuple[dict[str, str | None], dict[str, str]]:
+    """Import every package; return the versions of those that work, and why the other installed ones do not."""
+    versions: dict[str, str | None] = dict.fromkeys(PACKAGES)
+    broken: dict[str, str] = {}
+    for name in PACKAGES:
+        try:
+            found = metadata.version(name)
+            import_module(name)
+        except metadata.PackageNotFoundError:
+            continue
+        except _IMPORT_FAILURES as error:
+            broken[name] = f"{type(error).__name__}: {error}"
+        else:
+            versions[name] = found
+    return versions, broken

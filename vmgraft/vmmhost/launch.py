@@ -13,7 +13,7 @@ from types import FrameType
 from typing import Any
 
 from vmgraft import __version__
-from vmgraft.errors import RequiredExtensionError, UnsupportedError, UsageError
+from vmgraft.errors import ContentMismatchError, RequiredExtensionError, UnsupportedError, UsageError
 from vmgraft.imagefmt.contract import Image, Progress
 from vmgraft.imagefmt.graft import Graft, open_graft, open_image
 from vmgraft.signing.contract import Report
@@ -150,7 +150,11 @@ class Launcher:
             self._options, report, report.plan, image, graft, graft.tree, policy, memory, _specs(report.plan), log,
             self._serial, self._console, self._confine, self._bios, self._snapshot,
         )  # fmt: skip
-        _session(setup, stack).run()
+        try:
+            _session(setup, stack).run()
+        except ContentMismatchError as error:
+            error.file = error.file or str(self._path)  # a disk knows its blocks, not its file
+            raise
         return report
 
     def _verify(self, image: Image, graft: Graft, policy: Policy, memory: RunMemory) -> RunReport:

@@ -56,6 +56,14 @@ class RunReport:
         return "expectation" if self.until is not None and not self.result.until_seen else None
 
 
+def presented(report: RunReport) -> list[dict[str, Any]]:
+    """Return what each extension showed the guest beside its image: id, version and supplements as planned."""
+    if report.plan is None or not report.plan.supplements:
+        return []
+    shown = report.plan.to_dict()["extensions"]
+    return [{name: item[name] for name in ("id", "version", "supplements")} for item in shown if item["supplements"]]
+
+
 def verdict_fields(report: Report) -> dict[str, Any]:
     """Return what the audit log says of a verification."""
     checks = [check.to_dict() for check in report.checks]

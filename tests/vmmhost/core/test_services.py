@@ -407,6 +407,18 @@ def test_a_write_may_be_refused():
             outside()
 
 
+@pytest.mark.parametrize(("offset", "length"), [(-1, 1), (4 * BLOCK, 1), (4 * BLOCK - 1, 2), (BLOCK, -1), (1 << 70, 1)])
+def test_nobody_is_asked_about_what_is_not_on_the_drive(offset, length):
+    """The numbers of such a read would not even fit into the question."""
+    services, handler = table(Service.DISK, Answer(0))
+    disk = HookedDisk(drive(Content(4 * BLOCK)), services, 0)
+    with pytest.raises(ValueError, match="not inside"):
+        disk.read(offset, length)
+    assert handler.asked == []
+    disk.read(4 * BLOCK - 1, 1)
+    assert len(handler.asked) == 1
+
+
 # --- CPUID -----------------------------------------------------------------------------------------------
 
 

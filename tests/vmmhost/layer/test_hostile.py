@@ -237,6 +237,16 @@ def test_a_start_that_hangs_is_not_tried_for_ever(bench, wat):
     assert 2 <= len(bench.records("fault")) <= 5
 
 
+def test_nothing_is_restarted_when_the_time_of_the_guest_is_over(bench, wat):
+    left = [60.0]
+    proxy = bench.one(wat(TRAP), {"time_left": lambda: left[0]}, on_fault="restart(2)")
+    proxy.pio_read(0x510, 1)
+    left[0] = 0.0
+    proxy.pio_read(0x510, 1)
+    assert [record["action"] for record in bench.records("fault")] == ["restart", "stop"]
+    assert (proxy.counters.restarts, proxy.state, len(bench.stops)) == (1, State.STOPPED, 1)
+
+
 def test_a_restart_without_a_zygote_stops_the_guest(bench, wat):
     with Zygote.start() as zygote:
         bench.zygote = zygote

@@ -9,7 +9,7 @@ import threading
 import pytest
 
 from vmgraft.errors import HostError
-from vmgraft.vmmhost.layer import protocol
+from vmgraft.vmmhost.layer import link, protocol
 from vmgraft.vmmhost.layer.faults import FaultKind, WorkerFaultError
 from vmgraft.vmmhost.layer.link import LinkEvents, WorkerLink
 from vmgraft.vmmhost.layer.meter import Meter
@@ -274,3 +274,103 @@ def test_a_store_key_is_what_the_packet_says(rogue):
     put = protocol.frame(Kind.KV_PUT, 1, 0, b"keyvalue", flag=3)
     assert item.call(put, protocol.frame(Kind.RESULT, 1, 1)) == 1
     assert item.events.store.items() == {b"key": b"value"}
+
+
+class Clock:
+    """Stands in for the module ``time`` of the link, and for the socket: each packet takes a while."""
+
+    def __init__(self, inner):
+        self.inner, self.now, self.step, self.left = inner, 0.0, 0.0, 0.15
+        self.sent = 0
+
+    def monotonic(self):
+        return self.now
+
+    def settimeout(self, seconds):
+        self.left = seconds
+
+    def _pass(self):
+        if self.step > self.left:
+            self.now += self.left
+            raise TimeoutError
+        self.now += self.step
+
+    def send(self, packet):
+        self.sent += 1
+        self._pass()
+        return len(packet)
+
+    def recv(self, size):
+        self._pass()
+        return self.inner.recv(size)
+
+    def close(self):
+        self.inner.close()
+
+
+@pytest.fixture
+def timed(rogue, monkeypatch):
+    """Return what makes a rogue with a clock of its own; ``call_ms`` is 150."""
+
+    def make(step, **fields):
+        item = rogue(**fields)
+        clock = item.link._socket = Clock(item.link._socket)
+        monkeypatch.setattr(link, "time", clock)
+        clock.step = step
+        return item, clock
+
+    return make
+
+
+def test_a_worker_that_asks_slowly_has_one_deadline(timed):
+    item, clock = timed(0.04, tick=True)
+    requests = [protocol.frame(Kind.SET_TICK, 1, 1)] * 20
+    fails(FaultKind.DEADLINE, lambda: item.call(*requests, protocol.frame(Kind.RESULT, 1, 1)))
+    assert clock.now == pytest.approx(0.15)
+
+
+def test_the_first_answer_is_within_the_deadline_too(timed):
+    """The time runs from before the call is sent, not from its first answer on."""
+    item, clock = timed(0.07, tick=True)
+    fails(FaultKind.DEADLINE, lambda: item.call(protocol.frame(Kind.SET_TICK, 1, 1), protocol.frame(Kind.RESULT, 1, 1)))
+    assert clock.now == pytest.approx(0.15)
+
+
+def test_a_slow_call_does_not_shorten_the_next_one(timed):
+    item, clock = timed(0.07)
+    assert item.call(protocol.frame(Kind.RESULT, 1, 1, bytes(4))) == 1
+    assert clock.left == pytest.approx(0.15)
+    assert item.call(protocol.frame(Kind.RESULT, 2, 2)) == 2
+
+
+def test_data_that_is_taken_slowly_meets_the_deadline(timed):
+    item, clock = timed(0.04)
+    fails(FaultKind.DEADLINE, lambda: item.link.exchange(Kind.CALL_RESTORE, 0, size=3, data=bytes(100_000)))
+    assert (clock.sent, clock.now) == (4, pytest.approx(0.15))
+
+
+def test_an_answer_with_data_is_within_the_deadline_too(timed):
+    item, clock = timed(0.07)
+    packets = [protocol.frame(Kind.DATA, 1, 0, b"123"), protocol.frame(Kind.ANSWER, 1, 8, b"45678")]
+    fails(FaultKind.DEADLINE, lambda: item.exchange(*packets))
+    assert clock.now == pytest.approx(0.15)
+
+
+def test_a_module_that_is_taken_slowly_meets_the_deadline_of_the_start(timed):
+    item, clock = timed(0.04)
+    item.link._spec = ExtensionSpec("org.example.rogue", "1", bytes(1 << 20))
+    item.socket.send(LOCKED)
+    fails(FaultKind.DEADLINE, lambda: item.link.start(bytes(32), 0.2, 1))
+    assert clock.now == pytest.approx(0.2)
+    assert clock.sent <= 5
+
+
+def test_the_end_of_a_worker_makes_known_what_it_changed_last(bench, monkeypatch):
+    """It shares its windows and tells of changes only with an answer, which it may not have lived to give."""
+    item, refreshed = Rogue(bench.ram), []
+    note = lambda gpa, size: refreshed.append((gpa, size, item.process.poll()))  # noqa: E731
+    monkeypatch.setattr(bench.ram, "refresh", note, raising=False)
+    item.link._changeable = ((0x20000, 4096),)
+    assert item.link.kill()
+    item.socket.close()
+    assert refreshed == [(0x20000, 4096, -9)], "once it is gone, not before"

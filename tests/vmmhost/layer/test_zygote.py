@@ -13,11 +13,11 @@ from pathlib import Path
 import pytest
 
 from vmgraft.errors import HostError
-from vmgraft.vmmhost.layer import syscalls
+from vmgraft.vmmhost.layer import sight, syscalls
 from vmgraft.vmmhost.layer.client import ExtensionHost
 from vmgraft.vmmhost.layer.spec import ExtensionSpec
 from vmgraft.vmmhost.layer.zygote import Zygote, describe_status
-from vmgraft.vmmhost.layer.zygote_main import EXITED
+from vmgraft.vmmhost.layer.zygote_main import EXITED, FAILED, SEEN, SPAWNED
 
 ROOT = Path(__file__).parents[3]
 
@@ -181,3 +181,104 @@ def test_statuses_of_ended_workers_are_forgotten_in_time():
             assert zygote._note(EXITED.pack(b"X", pid, 9))
         assert list(zygote._exits) == list(range(744, 1000))
         assert zygote.exit_status(999, 0.0) == 9
+
+
+class Played(Zygote):
+    """The host's end of a zygote that the test plays."""
+
+    def __init__(self):
+        ours, self.far = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self.words = os.memfd_create("words")
+        super().__init__(None, ours, self.words)
+        self._ready = True
+
+    def end(self):
+        self._control.close()
+        self.far.close()
+        os.close(self.words)
+
+
+@pytest.fixture
+def played():
+    item = Played()
+    yield item
+    item.end()
+
+
+def descriptors():
+    return len(list(Path("/proc/self/fd").iterdir()))
+
+
+def late_worker(played, number):
+    """Let the zygote answer a question that was given up with a worker; return that."""
+    process = subprocess.Popen(["sleep", "60"])
+    pidfd = os.pidfd_open(process.pid)
+    socket.send_fds(played.far, [SPAWNED.pack(b"P", number, process.pid, 0)], [pidfd])
+    os.close(pidfd)
+    return process
+
+
+def seen(number):
+    return SEEN.pack(b"V", number) + sight.Sight(views=sight.View.STATUS).pack()
+
+
+def test_a_late_answer_is_not_taken_for_the_next_one(played):
+    with pytest.raises(HostError, match="in time"):
+        played.look(7, 0.01)
+    with pytest.raises(HostError, match="in time"):
+        played.spawn(1, 0.01)
+    before = descriptors()
+    process = late_worker(played, 2)
+    played.far.send(SEEN.pack(b"V", 1) + sight.Sight().pack())
+    played.far.send(FAILED.pack(b"E", 2, errno.EAGAIN))
+    played.far.send(EXITED.pack(b"X", 99, 5))
+    played.far.send(seen(3))
+    assert played.look(7, 5).views is sight.View.STATUS
+    assert process.wait(5) == -signal.SIGKILL  # nobody would ever have spoken to it
+    assert descriptors() == before
+    assert played.exit_status(99, 0.01) == 5
+
+
+def test_waiting_for_an_end_keeps_nothing_of_what_else_comes(played):
+    with pytest.raises(HostError, match="in time"):
+        played.spawn(1, 0.01)
+    before = descriptors()
+    process = late_worker(played, 1)
+    played.far.send(EXITED.pack(b"X", 99, 5))
+    assert played.exit_status(99, 5) == 5
+    assert process.wait(5) == -signal.SIGKILL
+    assert descriptors() == before
+
+
+@pytest.mark.parametrize("packet", [b"?", b"V\1\0\0\0", b"P\1\0\0\0" + bytes(8), bytes(200)])
+def test_answers_that_make_no_sense(played, packet):
+    before = descriptors()
+    socket.send_fds(played.far, [packet], [0])
+    with pytest.raises(HostError):
+        played.look(7, 0.05)
+    assert descriptors() == before
+
+
+def test_a_busy_zygote_still_answers_what_it_was_asked():
+    with Zygote.start() as zygote:
+        first = zygote.spawn(1)
+        os.kill(zygote.pid, signal.SIGSTOP)
+        try:
+            with pytest.raises(HostError, match="in time"):
+                zygote.look(first.pid, 0.05)
+            with pytest.raises(HostError, match="in time"):
+                zygote.spawn(1, 0.05)
+        finally:
+            os.kill(zygote.pid, signal.SIGCONT)
+        second = zygote.spawn(1)
+        assert first.pid != second.pid
+        assert second.kill()
+        assert zygote.exit_status(second.pid, 5) is not None
+        assert zygote.exit_status(first.pid, 0.05) is None, "that one still runs"
+        assert zygote.look(first.pid, 5).views
+        assert first.kill()
+        children = Path(f"/proc/{zygote.pid}/task/{zygote.pid}/children")
+        deadline = time.monotonic() + 5
+        while children.read_text() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert children.read_text() == "", "the worker of the answer that came late is gone too"

@@ -43,7 +43,7 @@ def test_a_guest_boots_and_ends(studio, launch) -> None:
     report = launch(serial=said.extend).run()
     result = report.result
     assert report.error is None
-    assert result.reason is EndReason.SHUTDOWN
+    assert (result.reason, result.detail) == (EndReason.SHUTDOWN, "QEMU says guest-shutdown")
     assert (result.engine, result.emulated) == ("qemu-tcg", True)
     assert "vmgraft guest" in "\n".join(result.screen)
     assert b"vmgraft guest" in said == bytearray(result.serial)
@@ -70,12 +70,14 @@ def test_until_is_seen_on_screen_and_serial_port(studio, launch) -> None:
     studio.graft(studio.wat(""), capabilities=API)
     report = launch(until="Booting from", timeout=30).run()  # said by the firmware, on the screen alone
     assert (report.result.reason, report.result.until_seen) == (EndReason.UNTIL, True)
+    assert report.result.detail == "on the screen"
 
 
 def test_a_reset_ends_the_run(studio, launch) -> None:
     studio.boot_code(RESET)
     studio.graft(studio.wat(""), capabilities=API)
-    assert launch().run().result.reason is EndReason.RESET
+    result = launch().run().result
+    assert (result.reason, result.detail) == (EndReason.RESET, "QEMU says guest-reset")
 
 
 def test_the_time_limit(studio, launch) -> None:
@@ -83,7 +85,7 @@ def test_the_time_limit(studio, launch) -> None:
     studio.graft(studio.wat(""), capabilities=API)
     began = time.monotonic()
     result = launch(timeout=1.0).run().result
-    assert result.reason is EndReason.TIMEOUT
+    assert (result.reason, result.detail) == (EndReason.TIMEOUT, "after 1 s")
     assert time.monotonic() - began < 15
 
 

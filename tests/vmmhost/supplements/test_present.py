@@ -2,6 +2,7 @@
 
 import json
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,10 +10,12 @@ from assembling import GUESTS, nasm
 from click.testing import CliRunner
 
 from vmgraft.cli.app import cli
+from vmgraft.cli.runview import run_document
 from vmgraft.cli.views import show_list
 from vmgraft.errors import (
     CapabilityError,
     GraftFormatError,
+    HostError,
     PayloadMismatchError,
     RollbackError,
     UsageError,
@@ -20,6 +23,7 @@ from vmgraft.errors import (
 )
 from vmgraft.imagefmt.contract import Opening
 from vmgraft.imagefmt.graft import open_graft, open_image
+from vmgraft.schemas import validate
 from vmgraft.signing.manifest import parse_manifest
 from vmgraft.signing.policytools import format_policy, init_policy
 from vmgraft.signing.state import RollbackState
@@ -129,11 +133,25 @@ def test_a_guest_sees_the_volume_and_the_overlay_and_the_image_stays_pristine(se
     plan = next(line for line in seed.studio.log() if line["event"] == "plan")["plan"]
     shown = plan["extensions"][0]["supplements"]
     assert [(item["kind"], item["size"]) for item in shown] == [("iso", 13), ("blocks", 8)]
+    document = run_document(report, seed.studio.image, 0)
+    assert document["supplements"] == [{"id": ID, "version": "1.0", "supplements": shown}]
+    assert document["layer"] == []
+    validate("report", document, file=None, error=VmgraftError)
+
+
+def test_a_host_that_cannot_make_volumes_says_what_is_missing(seed, monkeypatch):
+    seed.graft()
+    monkeypatch.setitem(sys.modules, "pycdlib", None)
+    with pytest.raises(HostError, match="without the package pycdlib") as caught:
+        seed.launcher().run()
+    assert "pip install pycdlib" in caught.value.hint
+    assert seed.launcher(supplements=False).run().error is None
 
 
 def test_without_supplements_the_guest_sees_its_disk_alone(seed):
     seed.graft()
     report = seed.launcher(supplements=False).run()
+    assert run_document(report, seed.studio.image, 0)["supplements"] == []
     assert report.result.serial.startswith(b"0123456789abcdef" + b"?" + b"?")
     assert not [line for line in seed.studio.log() if line["event"] == "supplement"]
 

@@ -427,6 +427,13 @@ def test_the_program_composes_verified_layers(world, tmp_path):
     assert "Volume id: UNION" in run("isoinfo", "-d", "-i", tmp_path / "out.iso").stdout
     world.compose(base, top, raw, output="again.iso")
     assert (tmp_path / "again.iso").read_bytes() == (tmp_path / "out.iso").read_bytes()
+    streamed = subprocess.run(
+        [sys.executable, "-m", "vmgraft", "compose", base, top, raw, "-o", "-", "--policy", world.policy,
+         "--state", "none"],
+        check=False, capture_output=True, cwd=tmp_path,
+    )  # fmt: skip
+    assert streamed.stdout == (tmp_path / "out.iso").read_bytes() and not (tmp_path / "-").exists()
+    assert b"composed  -  (" in streamed.stderr
     taken = world.compose(base)
     assert taken.returncode == 3
     assert "the file exists already" in taken.stdout

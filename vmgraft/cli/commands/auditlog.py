@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from vmgraft.cli.options import FILE, F, json_option
+from vmgraft.cli.options import NAMED_FILE, F, json_option
 
 
 @click.group("audit-log", epilog="Example: vmgraft audit-log verify audit.jsonl")
@@ -16,7 +16,7 @@ def audit_log() -> None:
 
 def _verified(function: F) -> F:
     function = click.option("--head", help="Hash of the last line, as the run reported it.")(json_option(function))
-    return click.argument("log", type=FILE)(function)
+    return click.argument("log", type=NAMED_FILE)(function)
 
 
 def _verify(log: Path, head: str | None, as_json: bool) -> None:
@@ -45,7 +45,7 @@ def check_log(log: Path, head: str | None, as_json: bool) -> None:
 
 
 @audit_log.command(epilog="Example: vmgraft audit-log show audit.jsonl --event fault --event quota")
-@click.argument("log", type=FILE)
+@click.argument("log", type=NAMED_FILE)
 @click.option("--event", "events", multiple=True, help="Only records of this kind; repeatable.")
 @click.option("--extension", metavar="ID", help="Only records about this extension.")
 @json_option

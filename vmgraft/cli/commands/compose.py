@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,7 +22,10 @@ if TYPE_CHECKING:
 
 @click.command(epilog="Example: vmgraft compose base.iso site.iso -o both.iso --policy policy.json")
 @click.argument("layers", metavar="LAYER...", type=FILE, nargs=-1, required=True)
-@click.option("-o", "--output", type=FILE, required=True, help="The new volume; never written over a file.")
+@click.option(
+    "-o", "--output", type=click.Path(path_type=Path, allow_dash=True, dir_okay=False), required=True,
+    help="The new volume, never written over a file; - for stdout.",
+)  # fmt: skip
 @click.option("--label", default="UNION", show_default=True, help="Its label: 1 to 16 of A-Z, 0-9 and _.")
 @host_trust_options
 @opening_options
@@ -40,15 +44,24 @@ def compose(
     file of a later layer wins over one of the same name; a file .wh.NAME hides NAME of the layers below, .wh..wh..opq
     all that they have in its folder.
     """
-    from vmgraft.cli.output import emit_ok, human_size, orderly_end, printable
+    from vmgraft.cli.files import write_stdout
+    from vmgraft.cli.output import emit_ok, human_size, interactive, orderly_end, printable
+    from vmgraft.errors import UsageError
     from vmgraft.vmmhost.remember import RunMemory
     from vmgraft.vmmhost.supplements.compose import compose as run
     from vmgraft.vmmhost.supplements.compose import write_volume
 
+    streamed = str(output) == "-"
+    if streamed and (as_json or interactive(sys.stdout)):
+        raise UsageError("a volume goes to a file or a pipe, and not where --json prints", hint="-o FILE")
     with orderly_end(), RunMemory(trust.state, raising=False) as memory:
         policy = memory.load_policy(trust.policy, trust.keys(), required=trust.signed)
         done = run(layers, policy, label=label, opening=opening, memory=memory.state)
-        write_volume(done, output)
+        if streamed:
+            for chunk in done.volume.chunks():
+                write_stdout(chunk)
+        else:
+            write_volume(done, output)
     if as_json:
         emit_ok(
             {
@@ -62,8 +75,10 @@ def compose(
         )
         return
     for layer in done.layers:
-        click.echo(f"layer     {printable(layer['image'])}  ({layer['entries']} files and folders, verified)")
+        words = f"layer     {printable(layer['image'])}  ({layer['entries']} files and folders, verified)"
+        click.echo(words, err=streamed)
     click.echo(
-        f"composed  {printable(str(output))}  ({done.entries} files and folders, {human_size(done.volume.size)})"
+        f"composed  {printable(str(output))}  ({done.entries} files and folders, {human_size(done.volume.size)})",
+        err=streamed,
     )
-    click.echo(f"sha256    {done.volume.sha256.hex()}")
+    click.echo(f"sha256    {done.volume.sha256.hex()}", err=streamed)

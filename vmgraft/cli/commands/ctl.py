@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from vmgraft.cli.options import FILE, F, json_option, opening_options
+from vmgraft.cli.options import FILE, NAMED_FILE, F, json_option, opening_options
 
 if TYPE_CHECKING:
     from vmgraft.imagefmt.contract import Opening
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 @click.group(epilog="Example: vmgraft ctl guest.sock status")
-@click.argument("socket", type=FILE)
+@click.argument("socket", type=NAMED_FILE)
 @click.pass_context
 def ctl(context: click.Context, socket: Path) -> None:
     """Ask and change a guest that was started with `vmgraft run --control SOCKET`.
@@ -45,18 +45,21 @@ def status(as_json: bool) -> None:
 
 @ctl.command(epilog="Example: vmgraft ctl guest.sock stats --watch 2")
 @click.option(
-    "--watch", type=click.FloatRange(min=0.1, max=60), metavar="SECONDS", help="Again and again, until Ctrl-C."
+    "--watch", type=click.FloatRange(min=0.1, max=60), metavar="SECONDS", help="Again and again, until the guest ends."
 )
 @click.option("--count", type=click.IntRange(min=1), help="With --watch: so many times.")
 @json_option
 def stats(watch: float | None, count: int | None, as_json: bool) -> None:
-    """Count exits by reason, calls, fuel and latencies, while the guest runs. With --json, one object a look."""
+    """Count exits by reason, calls, fuel and latencies, while the guest runs. With --json, one object a look.
+
+    A watched guest that ends in order ends this with 0.
+    """
     import json
     import time
 
     from vmgraft.cli.ctlview import show_stats
     from vmgraft.cli.output import emit_or_show
-    from vmgraft.errors import UsageError
+    from vmgraft.errors import HostError, UsageError
     from vmgraft.vmmhost.control.wire import Op
 
     if watch is None:
@@ -68,7 +71,13 @@ def stats(watch: float | None, count: int | None, as_json: bool) -> None:
     before: dict[str, Any] | None = None
     with _guest() as guest:
         while count is None or count > 0:
-            now = guest.ask(Op.STATS)
+            try:
+                now = guest.ask(Op.STATS)
+            except HostError:
+                if before is None or not guest.ended():
+                    raise
+                click.echo("the guest has ended", err=as_json)
+                return
             if as_json:
                 click.echo(json.dumps({"ok": True, "exitCode": 0, **now}))
             else:
@@ -84,16 +93,21 @@ def stats(watch: float | None, count: int | None, as_json: bool) -> None:
     help="A new file, or - for stdout. A picture where its name ends in .png.",
 )  # fmt: skip
 @click.option("--format", "form", type=click.Choice(["text", "png"]), help="Default: by the name of the file.")
-def screen(output: Path, form: str | None) -> None:
-    """Save the text screen as it stands now."""
+@json_option
+def screen(output: Path, form: str | None, as_json: bool) -> None:
+    """Save the text screen as it stands now. With --json, its lines are in the object, and -o names a file besides."""
     import base64
     import binascii
 
     from vmgraft.cli.console import screen_bytes, screen_format
     from vmgraft.cli.files import write_output
-    from vmgraft.errors import HostError
+    from vmgraft.cli.output import emit_ok
+    from vmgraft.errors import HostError, UsageError
     from vmgraft.vmmhost.control.wire import Op
 
+    streamed = str(output) == "-"
+    if as_json and streamed and form is not None:
+        raise UsageError("--format goes with -o FILE where --json prints", hint="name a file: -o FILE")
     with _guest() as guest:
         answer = guest.ask(Op.SCREEN)
     try:
@@ -101,7 +115,10 @@ def screen(output: Path, form: str | None) -> None:
         data = screen_bytes(lines, cells, screen_format(output, form))
     except (KeyError, TypeError, ValueError, binascii.Error) as error:
         raise HostError("the answer holds no screen") from error
-    write_output(output, data, what="screen")
+    if not (as_json and streamed):
+        write_output(output, data, what="screen")
+    if as_json:
+        emit_ok({"file": None if streamed else str(output), "lines": lines})
 
 
 def _change(function: F) -> F:
@@ -153,7 +170,7 @@ def unload(extension: str, as_json: bool) -> None:
 
 
 @ctl.command(epilog="Example: vmgraft ctl guest.sock snapshot guest.snap")
-@click.argument("file", type=FILE)
+@click.argument("file", type=NAMED_FILE)
 @json_option
 def snapshot(file: Path, as_json: bool) -> None:
     """Keep the guest as it is now in a new FILE, for `vmgraft run --restore`; it goes on afterwards.

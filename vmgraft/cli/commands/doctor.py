@@ -6,13 +6,19 @@ import click
 
 from vmgraft.cli.options import json_option
 
+#: What a program is for, and how to get it.
+_NEEDED = {
+    "qemu-system-x86_64": "for --engine qemu; Debian: apt install qemu-system-x86",
+    "seabios": "for --firmware seabios; Debian: apt install seabios",
+}
+
 
 @click.command(epilog="Example: vmgraft doctor --json")
 @json_option
 def doctor(as_json: bool) -> int:
-    """Say what this machine can do: CPU engines, sandbox, packages. Exit 20 when `run` cannot work here."""
+    """Say what this machine can do: CPU engines, sandbox, packages, programs. Exit 20 when `run` cannot work here."""
     from vmgraft.cli.exitcodes import exit_code
-    from vmgraft.cli.output import emit_json
+    from vmgraft.cli.output import emit_json, printable
     from vmgraft.errors import HostError
     from vmgraft.vmmhost.doctor import examine
 
@@ -29,7 +35,11 @@ def doctor(as_json: bool) -> int:
     click.echo(f"{_mark(sandbox['works'])}  sandbox      {text if sandbox['works'] else sandbox['reason']}")
     for name, version in found["packages"].items():
         hint = "not installed (pip install 'vmgraft[soft]')" if name == "unicorn" else "not installed"
+        if name in found["broken"]:
+            hint = printable(f"broken: {found['broken'][name]}")
         click.echo(f"{_mark(version is not None)}  package {name:13} {version or hint}")
+    for name, path in found["programs"].items():
+        click.echo(f"{_mark(path is not None)}  {name:21} {printable(path or f'not installed ({_NEEDED[name]})')}")
     return code
 
 

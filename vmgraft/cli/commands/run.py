@@ -10,6 +10,7 @@ import click
 
 from vmgraft.cli.options import (
     FILE,
+    NAMED_FILE,
     HostTrust,
     cpu_option,
     host_trust_options,
@@ -24,6 +25,7 @@ OUTPUT = click.Path(path_type=Path, allow_dash=True, dir_okay=False)
 if TYPE_CHECKING:
     from vmgraft.cli.terminal import Terminal
     from vmgraft.imagefmt.contract import Opening
+    from vmgraft.signing.contract import Report
 
 
 def _finite(_context: click.Context, _parameter: click.Parameter, value: float | None) -> float | None:
@@ -77,17 +79,23 @@ def _not_empty(_context: click.Context, _parameter: click.Parameter, value: str 
 )  # fmt: skip
 @click.option("--serial", type=OUTPUT, help="Write what the guest sends to COM1: a new file, or - (default).")
 @click.option(
+    "--debug", type=OUTPUT,
+    help="Write what firmware and guest sent to the debug ports (402h, E9h) at the end: a new file, or - .",
+)  # fmt: skip
+@click.option(
     "--console", is_flag=True, help="Make this terminal the guest's serial port: keys go to it, Ctrl-] ends the run."
 )
-@click.option("--control", type=FILE, metavar="SOCKET", help="Listen on this Unix socket for `vmgraft ctl`.")
-@click.option("--record", type=FILE, help="Write every call of an extension, and what came of it, to this new file.")
+@click.option("--control", type=NAMED_FILE, metavar="SOCKET", help="Listen on this Unix socket for `vmgraft ctl`.")
+@click.option(
+    "--record", type=NAMED_FILE, help="Write every call of an extension, and what came of it, to this new file."
+)
 @click.option("--replay", type=FILE, help="Let such a file answer in place of the extensions; no module runs.")
 @click.option("--restore", type=FILE, metavar="FILE", help="Go on from what `vmgraft ctl SOCKET snapshot` kept.")
 @click.option(
     "--require-isolation", type=click.IntRange(0, 3), default=0, show_default=True,
     help="Refuse where the host or a worker reaches less than this isolation level (docs/sandbox.md).",
 )  # fmt: skip
-@click.option("--audit-log", type=FILE, help="Write a hash-chained log of decisions and faults to this new file.")
+@click.option("--audit-log", type=NAMED_FILE, help="Write a hash-chained log of decisions and faults to this new file.")
 @click.option("--without-extensions", is_flag=True, help="Boot the verified image, but load no extension.")
 @click.option("--without-supplements", is_flag=True, help="Leave out what extensions add to the disk.")
 @click.option(
@@ -121,6 +129,7 @@ def run(
     screen: Path | None,
     screen_format: str | None,
     serial: Path | None,
+    debug: Path | None,
     console: bool,
     control: Path | None,
     record: Path | None,
@@ -147,10 +156,12 @@ def run(
 
     from vmgraft.cli.console import Outputs
     from vmgraft.cli.output import progress_bar
+    from vmgraft.cli.runchecks import check_together
     from vmgraft.cli.runview import finish_run, warn_before
     from vmgraft.vmmhost.launch import Launcher
     from vmgraft.vmmhost.plan import RunOptions
 
+    check_together(click.get_current_context())
     options = RunOptions(
         cpu=cpu, boot=boot, memory_mib=memory, timeout=timeout, until=until, keys=keys,
         extensions=not without_extensions, opening=opening, audit_log=audit_log, state=trust.state,
@@ -161,16 +172,25 @@ def run(
         pin=pin, verify_all=verify_all,
     )  # fmt: skip
     terminal = _terminal(serial, as_json=as_json) if console and not dry_run else None
-    with Outputs(screen=screen, form=screen_format, serial=serial, as_json=as_json, terminal=terminal) as outputs:
-        with progress_bar("verify", quiet=quiet or as_json or console) as bar, ExitStack() as stack:
+    with Outputs(
+        screen=screen, form=screen_format, serial=serial, debug=debug, as_json=as_json, terminal=terminal
+    ) as outputs:
+        with ExitStack() as stack, ExitStack() as verifying:
+            bar = verifying.enter_context(progress_bar("verify", quiet=quiet or as_json or console))
+
+            def judged(verdict: Report) -> None:
+                verifying.close()  # the bar redraws lines and takes stdout over, which is the guest's from now on
+                if not as_json:
+                    warn_before(verdict)
+
             launcher = Launcher(
                 image, trust.policy, options, serial=outputs.serial_sink, progress=bar, console=terminal,
-                judged=None if as_json else warn_before, confine=not dry_run,
+                judged=judged, confine=not dry_run,
             )  # fmt: skip
             if terminal is not None:
                 stack.enter_context(terminal)
             report = launcher.plan() if dry_run else launcher.run()
-        return finish_run(report, image, outputs, as_json=as_json)
+        return finish_run(report, image, outputs, as_json=as_json, audit_log=audit_log)
 
 
 def _terminal(serial: Path | None, *, as_json: bool) -> Terminal:
@@ -185,6 +205,8 @@ def _terminal(serial: Path | None, *, as_json: bool) -> Terminal:
     from vmgraft.cli.terminal import Terminal
     from vmgraft.errors import UsageError
 
-    if serial is not None or as_json or not interactive(sys.stdout):
-        raise UsageError("--console needs stdout for itself, a terminal", hint="leave --serial and --json out")
+    given = [name for name, there in (("--serial", serial is not None), ("--json", as_json)) if there]
+    if given or not interactive(sys.stdout):
+        hint = f"leave {' and '.join(given)} out" if given else "leave --console out"
+        raise UsageError("--console needs stdout for itself, a terminal", hint=hint)
     return Terminal()

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from functools import partial
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
 from vmgraft.cli.options import (
-    FILE,
+    NAMED_FILE,
     HostTrust,
     host_trust_options,
     image_argument,
@@ -29,19 +29,21 @@ if TYPE_CHECKING:
 )
 @image_argument
 @host_trust_options
-@click.option("--socket", type=FILE, help="Listen on this new Unix socket, which only its owner may use.")
+@click.option("--socket", type=NAMED_FILE, help="Listen on this new Unix socket, which only its owner may use.")
 @click.option(
     "--listen", metavar="[ADDRESS:]PORT",
     help="Listen on TCP, on 127.0.0.1 unless an address is named; 0 takes a free port. Nothing is encrypted.",
 )  # fmt: skip
 @click.option("--overlay", is_flag=True, help="Let clients write; what they wrote is gone at the end.")
 @click.option(
-    "--overlay-size", type=click.IntRange(1, 65536), default=256, show_default=True,
+    "--overlay-size", type=click.IntRange(1, 65536), show_default="256",
     help="With --overlay: MiB that may be changed; they are held in memory.",
 )  # fmt: skip
 @click.option("--once", is_flag=True, help="End when the last client has gone.")
 @click.option("--verify-all", is_flag=True, help="Read all content first, also where the image holds its signed tree.")
-@click.option("--audit-log", type=FILE, help="Write a hash-chained log of decisions and clients to this new file.")
+@click.option(
+    "--audit-log", type=NAMED_FILE, help="Write a hash-chained log of decisions and clients to this new file."
+)
 @opening_options
 @quiet_option
 @json_option
@@ -51,7 +53,7 @@ def serve(
     socket: Path | None,
     listen: str | None,
     overlay: bool,
-    overlay_size: int,
+    overlay_size: int | None,
     once: bool,
     verify_all: bool,
     audit_log: Path | None,
@@ -69,19 +71,24 @@ def serve(
 
     if (socket is None) == (listen is None):
         raise click.UsageError("one of --socket and --listen says where clients connect.")
+    if overlay_size is not None and not overlay:
+        raise click.UsageError("--overlay-size goes with --overlay.")
     host, port = ("", 0) if listen is None else parse_listen(listen)
     options = ServeOptions(
-        socket=socket, host=host, port=port, overlay=overlay, overlay_bytes=overlay_size << 20, once=once,
+        socket=socket, host=host, port=port, overlay=overlay, overlay_bytes=(overlay_size or 256) << 20, once=once,
         opening=opening, audit_log=audit_log, state=trust.state, policy_keys=trust.keys(),
         signed_policy=trust.signed, verify_all=verify_all,
     )  # fmt: skip
     if options.exposed:
         show_warnings([f"{host}: whoever reaches this address can read the disk; NBD is not encrypted here"])
-    with orderly_end(), progress_bar("verify", quiet=quiet or as_json) as bar:
-        # With --json stdout is for the one object at the end.
-        report = Serving(
-            image, trust.policy, options, ready=partial(click.echo, err=as_json), progress=bar, confine=True
-        ).run()
+    with orderly_end(), ExitStack() as verifying:
+        bar = verifying.enter_context(progress_bar("verify", quiet=quiet or as_json))
+
+        def ready(uri: str) -> None:
+            verifying.close()  # the bar, which would go on being drawn as long as clients are served
+            click.echo(uri, err=as_json)  # with --json stdout is for the one object at the end
+
+        report = Serving(image, trust.policy, options, ready=ready, progress=bar, confine=True).run()
     return _finish(report, image, as_json=as_json)
 
 

@@ -14,6 +14,7 @@ import json
 import os
 import socket
 import stat
+import time
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Self
@@ -32,6 +33,8 @@ _CHUNK: Final = 1 << 20
 _HASH_BYTES: Final = 32
 #: Seconds to wait for an answer: starting a worker may take 15, and content may have to be read once more.
 ANSWER_SECONDS: Final = 120.0
+#: Seconds in which a host that ends takes its socket away.
+_GONE_SECONDS: Final = 2.0
 #: Seconds to wait for a snapshot: 256 MiB that do not shrink took 9 s on two busy cores, and a guest may have 3 GiB.
 SNAPSHOT_SECONDS: Final = 1800.0
 
@@ -66,6 +69,18 @@ class ControlClient:
             VmgraftError: what the host refused, of the family that it named; or there was no answer.
         """
         return self._ask(Request(op, extension), None)
+
+    def ended(self) -> bool:
+        """Tell whether the guest ended in order, once it answers no more: its host then takes the socket's name away.
+
+        The connections end a moment before that, so this waits up to two seconds.
+        """
+        deadline = time.monotonic() + _GONE_SECONDS
+        while os.path.lexists(self._path):
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(0.02)
+        return True
 
     def offer(self, op: Op, source: Path, *, extension: str | None = None, opening: Opening = PROBE) -> dict[str, Any]:
         """Offer the graft record of an image, or a record file, and ask for one extension of it to be loaded.

@@ -14,8 +14,19 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final, Protocol
 
-from vmgraft.errors import HostError, RequiredExtensionError, RollbackError, UsageError, VmgraftError
+from vmgraft.errors import (
+    CapabilityError,
+    HostError,
+    PolicyError,
+    RequiredExtensionError,
+    RollbackError,
+    UntrustedSignerError,
+    UsageError,
+    VmgraftError,
+)
+from vmgraft.signing.capabilities import first_overlap, parse_capability
 from vmgraft.signing.contract import Report, Status, VerifiedExtension
+from vmgraft.signing.policy import TrustPolicy
 from vmgraft.signing.verify import verify_evidence
 from vmgraft.vmmhost.control.offer import OfferedGraft
 from vmgraft.vmmhost.control.wire import Later, Op, Request, check_fillable, error_kind
@@ -56,6 +67,8 @@ class Operations:
     def __init__(self, setup: Setup, machine: Machine, layer: Layer) -> None:
         self._setup, self._machine, self._layer = setup, machine, layer
         self._plan = setup.plan
+        #: The highest security version of each extension that ran in this guest, with or without a rollback memory.
+        self._ran = {item.id: _security_version(item) for item in setup.plan.extensions}
         self._began = time.monotonic()
         self._keeping = Keeping(machine, layer, setup.log.write)
 
@@ -127,8 +140,7 @@ class Operations:
 
     def _unload(self, name: str) -> dict[str, Any]:
         running = self._running(name)
-        required = self._required()
-        if name in required:
+        if name in self._entry().require_extensions:
             raise RequiredExtensionError(f"the policy requires {name}", field="id", hint="replace it instead")
         if running.module is None:
             raise UsageError(f"{name} has no module: nothing of it runs", field="id")
@@ -138,7 +150,7 @@ class Operations:
     def _change(self, request: Request, fd: int) -> dict[str, Any]:
         """Load or replace one extension of the record that was offered."""
         setup = self._setup
-        offered = OfferedGraft(setup.graft, fd)
+        offered, entry = OfferedGraft(setup.graft, fd), self._entry()
         with setup.memory.reopened():
             verdict = verify_evidence(
                 offered,
@@ -146,16 +158,24 @@ class Operations:
                 image_name=Path(self._plan.image).name,
                 now=datetime.now(UTC),
                 memory=setup.memory.state,
-                tree=setup.tree,  # what the guest reads is held against it, block by block
+                # What the guest reads is held against it, block by block; but the policy may demand that all was read.
+                tree=None if entry.read_before else setup.tree,
             )
             setup.log.write("verification", {"request": request.op.value, **verdict_fields(verdict)})
             if not verdict.ok:
                 raise _refused(verdict)
+            if verdict.policy != entry.name:
+                raise UntrustedSignerError(
+                    f"the guest runs under the trust policy {entry.name}, and this record satisfies {verdict.policy}",
+                    field="policy",
+                    hint="an extension of another trust policy goes with a guest that is started under that one",
+                )
             chosen = self._choose(request, verdict)
             spec = self._spec(request, chosen)
             digest = statement_digest(offered)
             change = self._layer.load if request.op is Op.LOAD else self._layer.replace
             change(spec, lambda: self._remember(verdict, chosen, digest))
+        self._ran[chosen.id] = _security_version(chosen)
         others = [item for item in self._plan.extensions if item.id != chosen.id]
         return {"id": chosen.id, "version": chosen.version, **self._changed([*others, chosen], digest)}
 
@@ -171,10 +191,12 @@ class Operations:
                 raise UsageError(f"{chosen.id} runs already", field="id", hint="replace it")
             if len(self._plan.extensions) >= MAX_RUNNING:
                 raise UsageError(f"{MAX_RUNNING} extensions are the most that run at a time", field="id")
-            return chosen
-        now, new = _security_version(self._running(chosen.id)), _security_version(chosen)
-        if new < now:
-            raise RollbackError(f"{chosen.id} runs with security version {now}, and this has {new}", field="id")
+        else:
+            self._running(chosen.id)
+        highest, new = self._ran.get(chosen.id, 0), _security_version(chosen)
+        if new < highest:
+            words = "ran here" if request.op is Op.LOAD else "runs"
+            raise RollbackError(f"{chosen.id} {words} with security version {highest}, and this has {new}", field="id")
         return chosen
 
     def _spec(self, request: Request, chosen: VerifiedExtension) -> ExtensionSpec:
@@ -190,8 +212,10 @@ class Operations:
             raise UsageError(f"{chosen.id} {words}", field="id", hint="start the guest with it")
         if request.op is Op.REPLACE and self._running(chosen.id).module is None:
             raise UsageError(f"{chosen.id} runs without a module", field="id", hint="start the guest with the new one")
-        others = (to_spec(item) for item in self._plan.extensions if item.id != chosen.id)
-        check_claims([*(item for item in others if item is not None), spec], self._plan.memory_mib, self._plan.firmware)
+        together = [*(item for item in self._plan.extensions if item.id != chosen.id), chosen]
+        _check_overlap(together)
+        specs = [item for item in map(to_spec, together) if item is not None]
+        check_claims(specs, self._plan.memory_mib, self._plan.firmware)
         return spec
 
     def _remember(self, verdict: Report, chosen: VerifiedExtension, digest: str) -> None:
@@ -214,11 +238,25 @@ class Operations:
                 return item
         raise UsageError(f"{name} does not run here", field="id", hint="`vmgraft ctl SOCKET status` lists what runs")
 
-    def _required(self) -> tuple[str, ...]:
+    def _entry(self) -> TrustPolicy:
+        """Return the trust policy that the guest was started under: every change is judged by this one."""
         for entry in self._setup.policy.trust_policies:
             if entry.name == self._plan.policy:
-                return entry.require_extensions
-        return ()
+                return entry
+        raise PolicyError(f"the guest runs under no trust policy that is known: {self._plan.policy}", field="policy")
+
+
+def _check_overlap(extensions: Sequence[VerifiedExtension]) -> None:
+    """Refuse two claims on one range, guest windows included, as the verification of one record does (``conflicts``).
+
+    Raises:
+        CapabilityError: there are two.
+    """
+    claims = [(item.id, parse_capability(text)) for item in extensions for text in item.capabilities]
+    clash = first_overlap([claim for _, claim in claims])
+    if clash is not None:
+        (one, a), (other, b) = claims[clash[0]], claims[clash[1]]
+        raise CapabilityError(f"{one} claims {a} and {other} claims {b}", field="capabilities")
 
 
 def _security_version(item: VerifiedExtension) -> int:

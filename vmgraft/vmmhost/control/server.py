@@ -264,10 +264,17 @@ class ControlServer:
             self._finish(client, request, outcome)
 
     def _await(self, client: _Client, request: Request, later: Later, now: float) -> bool:
-        """Answer a client whose request waited for the guest to rest, once it did."""
+        """Answer a client whose request waited for the guest to rest, once it did, or when it never seems to."""
         if later.outcome is not None:
             client.waiting, client.heard = None, now
             self._finish(client, request, later.outcome)
+        elif now - client.heard > IDLE_SECONDS:
+            later.give_up()
+            client.waiting, client.closing = None, True
+            hint = "try again later"
+            self._finish(
+                client, request, HostError("the guest does not come to rest", field=request.op.value, hint=hint)
+            )
         return True
 
     def _finish(self, client: _Client, request: Request, outcome: dict[str, Any] | VmgraftError) -> None:

@@ -7,6 +7,7 @@ import fcntl
 import json
 import os
 import stat
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, Final
@@ -61,9 +62,23 @@ class Request:
 
 @dataclass(slots=True)
 class Later:
-    """An answer that comes once the guest rests: then ``outcome`` is what to answer, or why not."""
+    """An answer that comes once the guest rests: then ``outcome`` is what to answer, or why not.
+
+    Attributes:
+        outcome: What to answer, or None while it is not known.
+        dropped: Called when nobody waits for it any more.
+        given_up: Nobody does: it shall not be done any more.
+    """
 
     outcome: dict[str, Any] | VmgraftError | None = None
+    dropped: Callable[[], None] = lambda: None
+    given_up: bool = False
+
+    def give_up(self) -> None:
+        """Take the request back; may be called twice."""
+        if not self.given_up:
+            self.given_up = True
+            self.dropped()
 
 
 def parse_request(line: bytes) -> Request:

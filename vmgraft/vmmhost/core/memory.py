@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import ctypes
 import mmap
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Final
 
@@ -126,6 +126,11 @@ class GuestRam:
         if self._windows is None:
             self._windows = SharedWindows(self.map, self.host_address())
         return self._windows.share(gpa, size, writable=writable)
+
+    def keep_shared(self, wanted: Collection[tuple[int, int]]) -> None:
+        """Make plain RAM again of every shared stretch but these (first byte and length); what it holds stays."""
+        if self._windows is not None:
+            self._windows.keep(wanted)
 
     def refresh(self, gpa: int, length: int) -> None:
         """Take note that somebody changed guest memory there, without :meth:`write`."""

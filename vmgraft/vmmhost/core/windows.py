@@ -11,6 +11,7 @@ import errno
 import fcntl
 import mmap
 import os
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Final
 
@@ -83,7 +84,7 @@ class SharedWindows:
             os.ftruncate(fd, size)
             fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEALS)
             self._copy(gpa, size, fd)
-            self._put(gpa, size, fd)
+            self._map(gpa, size, mmap.MAP_SHARED, fd)
         except BaseException:
             os.close(fd)
             raise
@@ -97,12 +98,39 @@ class SharedWindows:
             if piece != zero[: len(piece)]:
                 os.pwrite(fd, piece, start - gpa)
 
-    def _put(self, gpa: int, size: int, fd: int) -> None:
-        """Map a file in the place of the RAM."""
-        flags, access = mmap.MAP_SHARED | _MAP_FIXED, mmap.PROT_READ | mmap.PROT_WRITE
+    def _map(self, gpa: int, size: int, flags: int, fd: int) -> None:
+        """Map a file, or fresh memory, in the place of the RAM."""
+        access = mmap.PROT_READ | mmap.PROT_WRITE
         ctypes.set_errno(0)
-        if _LIBC.mmap(self._address + gpa, size, access, flags, fd, 0) == _FAILED:
+        if _LIBC.mmap(self._address + gpa, size, access, flags | _MAP_FIXED, fd, 0) == _FAILED:
             raise OSError(ctypes.get_errno() or errno.EINVAL, "a window of guest memory cannot be mapped")
+
+    def keep(self, wanted: Collection[tuple[int, int]]) -> None:
+        """Turn every other window into plain RAM again, with what stands in it, and close its file.
+
+        Who still maps such a file reaches no guest memory by it any more. Where the kernel refuses, a window stays.
+
+        Args:
+            wanted: First byte and length of those that stay.
+        """
+        for window in tuple(self._windows):
+            if (window.gpa, window.size) in wanted or not self._take_back(window):
+                continue
+            self._windows.remove(window)
+            os.close(window.fd)
+
+    def _take_back(self, window: _Window) -> bool:
+        data = self._area[window.gpa : window.gpa + window.size]
+        try:
+            self._map(window.gpa, window.size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, -1)
+        except OSError:
+            return False
+        zero = bytes(_PIECE)
+        for start in range(0, window.size, _PIECE):
+            piece = data[start : start + _PIECE]
+            if piece != zero[: len(piece)]:
+                self._area[window.gpa + start : window.gpa + start + len(piece)] = piece
+        return True
 
     def close(self) -> None:
         """Close the files; what is mapped stays until the RAM is unmapped."""

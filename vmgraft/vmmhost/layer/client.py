@@ -10,6 +10,8 @@ from vmgraft.errors import ExtensionFaultError, UsageError
 from vmgraft.vmmhost.core.contract import GuestMemory, HypercallHandler, MmioHandler, PioHandler
 from vmgraft.vmmhost.core.services import Service, ServiceHandler
 from vmgraft.vmmhost.layer.abi import Event, Hook
+from vmgraft.vmmhost.layer.candidate import Candidate
+from vmgraft.vmmhost.layer.grants import windows_of
 from vmgraft.vmmhost.layer.proxy import ExtensionProxy, State
 from vmgraft.vmmhost.layer.spec import ExtensionSpec
 from vmgraft.vmmhost.layer.states import ExtensionState, restore, save, snapshot
@@ -17,6 +19,7 @@ from vmgraft.vmmhost.layer.states import load as load_state
 from vmgraft.vmmhost.layer.store import KvStore
 from vmgraft.vmmhost.layer.surroundings import Audit, Surroundings
 from vmgraft.vmmhost.layer.views import MmioView, PioView
+from vmgraft.vmmhost.layer.windows import keep_shared
 from vmgraft.vmmhost.layer.zygote import Zygote
 
 
@@ -135,16 +138,19 @@ class ExtensionHost:
 
         Args:
             spec: The extension.
-            ready: Called once it is ready, before it gets anything of the guest; what it raises ends the extension.
+            ready: Called once it is ready, before it gets a claim; what it raises ends the extension. Guest windows it
+                has from its start on, so what forbids it should be asked before this call.
 
         Raises:
             UsageError: an extension of this id is there already, or there is no machine yet.
-            VmgraftError: as `start` and `claim`, and from ``ready``; everything is as it was before then.
+            VmgraftError: as `start` and `claim`, and from ``ready``; the set is as it was before then, and nothing that
+                the extension did or asked for ends the guest.
         """
         bus = self._running_bus()
         if any(proxy.spec.id == spec.id for proxy in self.proxies):
             raise UsageError(f"extension {spec.id} is loaded already", field="id", hint="replace it")
-        proxy = ExtensionProxy(spec, self._workers(), self._around)
+        candidate = Candidate(self._around)
+        proxy = ExtensionProxy(spec, self._workers(), candidate.around)
         try:
             _start_for_good(proxy)
             ready()
@@ -152,9 +158,11 @@ class ExtensionHost:
         except BaseException:
             proxy.close()
             bus.release(spec.id)
+            self._tidy()
             raise
         self.proxies = (*self.proxies, proxy)
         self._note("load", spec)
+        candidate.admit()
 
     def unload(self, extension_id: str) -> None:
         """End an extension: its claims are free, its interrupt lines down, its keys and values forgotten.
@@ -167,6 +175,7 @@ class ExtensionHost:
         bus.release(extension_id)
         self.proxies = tuple(other for other in self.proxies if other is not proxy)
         proxy.close()
+        self._tidy()
         self._note("unload", proxy.spec)
 
     def replace(self, spec: ExtensionSpec, ready: Callable[[], None] = lambda: None) -> None:
@@ -186,7 +195,8 @@ class ExtensionHost:
         """
         bus, old = self._running_bus(), self._find(spec.id)
         state = snapshot(old)
-        new = ExtensionProxy(spec, self._workers(), self._around, KvStore(old.store.items()))
+        candidate = Candidate(self._around)
+        new = ExtensionProxy(spec, self._workers(), candidate.around, KvStore(old.store.items()))
         try:
             _start_for_good(new)
             if state is not None and new.has(Hook.RESTORE):
@@ -195,10 +205,13 @@ class ExtensionHost:
             self._swap(bus, old, new)
         except BaseException:
             new.close()
+            self._tidy()
             raise
         self.proxies = tuple(new if proxy is old else proxy for proxy in self.proxies)
         old.close()
+        self._tidy()
         self._note("replace", spec)
+        candidate.admit()
 
     def _swap(self, bus: ClaimBus, old: ExtensionProxy, new: ExtensionProxy) -> None:
         new.rank = old.rank
@@ -267,6 +280,10 @@ class ExtensionHost:
         proxy.irqs.connect({line: bus.claim_irq(line, spec.id) for line in spec.irqs})
         bus.describe(spec.id, f"{spec.id} {spec.version}")
 
+    def _tidy(self) -> None:
+        """Close the files of windows that nobody has any more."""
+        keep_shared(self._around.memory, [window for proxy in self.proxies for window in windows_of(proxy.spec)])
+
     def _note(self, action: str, spec: ExtensionSpec) -> None:
         self._around.audit("extension-change", {"id": spec.id, "version": spec.version, "action": action})
 
@@ -283,14 +300,18 @@ class ExtensionHost:
             proxy.event(event)
 
     def summary(self) -> list[dict[str, Any]]:
-        """Return one object per extension: id, version, state, isolation, mechanisms and counters."""
+        """Return one object per extension: id, version, state, isolation, mechanisms and counters.
+
+        No isolation is claimed where no worker ran; ``replayed`` says that a recording answered.
+        """
         return [
             {
                 "id": proxy.spec.id,
                 "version": proxy.spec.version,
                 "state": proxy.state.value,
-                "isolation": None if proxy.ready is None else proxy.ready.level,
-                "mechanisms": [] if proxy.ready is None else proxy.ready.mechanisms.names(),
+                "replayed": proxy.replayed,
+                "isolation": None if proxy.ready is None or proxy.replayed else proxy.ready.level,
+                "mechanisms": [] if proxy.ready is None or proxy.replayed else proxy.ready.mechanisms.names(),
                 **proxy.summary(),
             }
             for proxy in self.proxies

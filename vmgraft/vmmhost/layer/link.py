@@ -169,16 +169,17 @@ class WorkerLink:
             WorkerFaultError: of any kind; the worker must not be used again.
         """
         self._seq = seq = (self._seq + 1) & 0xFFFFFFFF
-        self._post(plain_call(kind, seq, now & MASK64, address, size, value, args))
+        deadline = time.monotonic() + self._call_seconds
+        posted = self._post(plain_call(kind, seq, now & MASK64, address, size, value, args), deadline)
         packet = self._receive("call")
-        plain = plain_result(packet, seq)
+        plain = plain_result(packet, seq) if posted else None
         if plain is not None:
             touched, answer, used = plain
             self._burn(used)
             if touched:
                 self._refresh()
             return answer
-        reply = self._serve_until_result(self._parse(packet, seq), time.monotonic() + self._call_seconds)
+        reply = self._serve_until_result(self._parse(packet, seq), deadline)
         if reply.flag:
             self._refresh()
         return reply.value
@@ -198,10 +199,11 @@ class WorkerLink:
         self._data, self._room = bytearray(), room
         deadline = time.monotonic() + self._call_seconds
         frames, rest = data_frames(seq, data)
-        for packet in frames:
+        last = call(Call(kind, size, seq, now & MASK64, address, value, (room, 0, 0, 0), rest))
+        for packet in (*frames, last):
             self._wait_until(deadline, "call")
             self._send(packet, "call")
-        self._send(call(Call(kind, size, seq, now & MASK64, address, value, (room, 0, 0, 0), rest)), "call")
+        self._wait_until(deadline, "call")
         reply = self._serve_until_result(self._parse(self._receive("call"), seq), deadline)
         if reply.flag:
             self._refresh()
@@ -319,12 +321,19 @@ class WorkerLink:
         except ProtocolError as error:
             raise WorkerFaultError(FaultKind.PROTOCOL, error.message) from error
 
-    def _post(self, packet: bytes) -> None:
-        """Send a call; where there is room for it, as there is for an honest worker, without asking first."""
+    def _post(self, packet: bytes, deadline: float) -> bool:
+        """Send a call; where there is room for it, as there is for an honest worker, without asking first.
+
+        Returns False where that took the long way, which leaves what remains of the call's time as the socket's limit.
+        """
         try:
             os.write(self._fd, packet)
         except OSError:  # no descriptor, no room, or nobody there: the long way tells which
+            self._wait_until(deadline, "call")
             self._send(packet, "call")
+            self._wait_until(deadline, "call")
+            return False
+        return True
 
     def _send(self, packet: bytes, phase: str, fds: tuple[int, ...] = ()) -> None:
         try:

@@ -16,13 +16,12 @@ from vmgraft.errors import ExtensionFaultError, VmgraftError
 from vmgraft.vmmhost.core.services import ROOM, Answer, Service, problem
 from vmgraft.vmmhost.layer.abi import MASK32, MASK64, MIN_TICK_NS, PASS, Event, Hook
 from vmgraft.vmmhost.layer.faults import FaultKind, WorkerFaultError
-from vmgraft.vmmhost.layer.filters import worker_filter
 from vmgraft.vmmhost.layer.irqlines import IrqLines
 from vmgraft.vmmhost.layer.link import WorkerLink, printable
 from vmgraft.vmmhost.layer.linkevents import LinkEvents
 from vmgraft.vmmhost.layer.meter import Meter
 from vmgraft.vmmhost.layer.protocol import Kind
-from vmgraft.vmmhost.layer.readiness import Ready, check_isolation
+from vmgraft.vmmhost.layer.readiness import Ready, check_isolation, start_fields
 from vmgraft.vmmhost.layer.spec import ExtensionSpec, FaultAction
 from vmgraft.vmmhost.layer.store import METRIC_NAMES, KvStore
 from vmgraft.vmmhost.layer.surroundings import Surroundings
@@ -146,7 +145,12 @@ class ExtensionProxy:
     @property
     def pid(self) -> int | None:
         """PID of the worker, or None when there is none."""
-        return None if self._link is None else self._link.pid
+        return None if self._link is None or self.replayed else self._link.pid
+
+    @property
+    def replayed(self) -> bool:
+        """Whether a recording answers in place of a worker."""
+        return self._zygote.replayed
 
     def has(self, hook: Hook) -> bool:
         """Say whether there is a worker whose module has this export."""
@@ -166,12 +170,8 @@ class ExtensionProxy:
         ready = link.start(self._seed(), seconds, around.compile_cpu_seconds)
         check_isolation(self.spec, ready)
         self.ready, self._exports = ready, frozenset(ready.hooks)
-        self._record(
-            "extension-start", pid=link.pid, isolation=ready.level, mechanisms=ready.mechanisms.names(),
-            seen=ready.views.names(), unseen=ready.unseen.names(), seccomp=worker_filter(),
-            hooks=[hook.name.lower() for hook in Hook if hook in ready.hooks and hook.name],
-            fastCalls=ready.fast, startMs=round((time.monotonic() - began) * 1000, 1),
-        )  # fmt: skip
+        spent = (time.monotonic() - began) * 1000
+        self._record("extension-start", **start_fields(ready, link.pid, spent, replayed=self.replayed))
         self.state = State.RUNNING
         if Hook.START in ready.hooks:
             status = link.call(Kind.CALL_START, around.clock(), value=len(self.spec.config))

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 from vmgraft.errors import HostError
 from vmgraft.vmmhost.layer.abi import Hook
+from vmgraft.vmmhost.layer.filters import worker_filter
 from vmgraft.vmmhost.layer.protocol import Frame
 from vmgraft.vmmhost.layer.sandbox import Mechanism, level_of
 from vmgraft.vmmhost.layer.sight import NO_VIEW, NOTHING, Sight, View, believed
@@ -44,6 +45,25 @@ def ready_from(reply: Frame, early: Mechanism, namespaces: Mechanism, sight: Sig
     hooks = Hook(reply.value & ((1 << _READY_MECHANISMS_SHIFT) - 1))
     known, fast = believed(told, early, namespaces, sight), bool(reply.value & _READY_FAST_BIT)
     return Ready(level_of(known), known, hooks, fast, sight.views, told & ~known)
+
+
+def start_fields(ready: Ready, pid: int, start_ms: float, *, replayed: bool) -> dict[str, Any]:
+    """Return what the audit log says of a worker that is ready; of one that a recording speaks for, no protection.
+
+    Args:
+        ready: What is known of it.
+        pid: Its process.
+        start_ms: How long that took, in milliseconds.
+        replayed: Whether there is no such process.
+    """
+    hooks = [hook.name.lower() for hook in Hook if hook in ready.hooks and hook.name]
+    common = {"hooks": hooks, "startMs": round(start_ms, 1)}
+    if replayed:
+        return {"replayed": True, "pid": None, "isolation": None, "mechanisms": [], **common}
+    return {
+        "pid": pid, "isolation": ready.level, "mechanisms": ready.mechanisms.names(), "seen": ready.views.names(),
+        "unseen": ready.unseen.names(), "seccomp": worker_filter(), "fastCalls": ready.fast, **common,
+    }  # fmt: skip
 
 
 def check_isolation(spec: ExtensionSpec, ready: Ready) -> None:

@@ -109,6 +109,13 @@ def close_shared(shared: Sequence[Shared]) -> None:
         os.close(each.fd)
 
 
+def keep_shared(memory: object, windows: Sequence[Window]) -> None:
+    """Make plain guest memory again of every window that is a file, but for these."""
+    keep: Callable[..., None] | None = getattr(memory, "keep_shared", None)
+    if keep is not None:
+        keep({(window.gpa, window.size) for window in windows})
+
+
 # --- in the worker ----------------------------------------------------------------------------------------------------
 
 

@@ -59,11 +59,17 @@ class WorkerProcess:
 
 
 class Zygote:
-    """A running zygote. Start it early, before /dev/kvm and before any image is opened; it loads in the background."""
+    """A running zygote. Start it early, before /dev/kvm and before any image is opened; it loads in the background.
+
+    ``replayed`` says whether its workers are none: a recording answers for them.
+    """
+
+    replayed = False
 
     def __init__(self, process: subprocess.Popen[bytes], control: socket.socket, errors: int) -> None:
         self._process, self._control, self._errors = process, control, errors
         self._exits: dict[int, int] = {}
+        self._asked = 0  # the number of the last question
         self._ready = False
         #: Whether workers use the fast call; known once ready.
         self.fast = False
@@ -131,11 +137,11 @@ class Zygote:
             HostError: the zygote is gone, or cannot fork.
         """
         self.wait_ready()
-        deadline = time.monotonic() + seconds
+        deadline, number = time.monotonic() + seconds, self._next()
         ours, theirs = _socket_pair()
         try:
             try:
-                socket.send_fds(self._control, [SPAWN.pack(b"S", memory_mib)], [theirs.fileno()])
+                socket.send_fds(self._control, [SPAWN.pack(b"S", number, memory_mib)], [theirs.fileno()])
             finally:
                 theirs.close()
             packet, fds = self._reply(deadline)
@@ -147,11 +153,12 @@ class Zygote:
             raise
         if len(packet) != SPAWNED.size or len(fds) != 1:
             ours.close()
-            code = FAILED.unpack(packet)[1] if len(packet) == FAILED.size else 0
+            _drop(packet, fds)
+            code = FAILED.unpack(packet)[2] if len(packet) == FAILED.size else 0
             known = "this machine's system calls are not known: x86-64 and AArch64 are"
             hint = known if code == errno.ENOSYS else "check the limits of processes and open files"
             raise HostError(f"no worker can be started: {os.strerror(code)}", hint=hint)
-        _letter, pid, namespaces = SPAWNED.unpack(packet)
+        _letter, _number, pid, namespaces = SPAWNED.unpack(packet)
         self._exits.pop(pid, None)  # of another that had this number before
         return WorkerProcess(pid, fds[0], ours, Mechanism(namespaces))
 
@@ -167,20 +174,23 @@ class Zygote:
             HostError: the zygote is gone.
         """
         try:
-            self._control.send(LOOK.pack(b"L", pid, len(windows)) + pack_inodes(windows))
+            self._control.send(LOOK.pack(b"L", self._next(), pid, len(windows)) + pack_inodes(windows))
             packet, fds = self._reply(time.monotonic() + seconds)
         except OSError as error:
             raise HostError(f"the zygote does not answer: {error.strerror or error}") from error
-        if len(packet) != 1 + SIGHT_BYTES or packet[:1] != SEEN or fds:
+        if len(packet) != SEEN.size + SIGHT_BYTES or packet[:1] != b"V" or fds:
+            _drop(packet, fds)
             raise HostError("the zygote speaks out of turn")
-        return Sight.unpack(packet[1:])
+        return Sight.unpack(packet[SEEN.size :])
 
     def exit_status(self, pid: int, seconds: float) -> int | None:
         """Return the wait status of a worker that has ended, or None if it is not reported in time."""
         deadline = time.monotonic() + seconds
         with contextlib.suppress(HostError, OSError):
             while pid not in self._exits:
-                self._note(self._receive(deadline)[0])
+                packet, fds = self._receive(deadline)
+                if not self._note(packet):  # nothing has been asked: an answer that nobody waits for any more
+                    _drop(packet, fds)
         return self._exits.pop(pid, None)
 
     def close(self) -> None:
@@ -202,11 +212,19 @@ class Zygote:
     def __exit__(self, *_exc: object) -> None:
         self.close()
 
+    def _next(self) -> int:
+        self._asked = (self._asked + 1) & 0xFFFFFFFF
+        return self._asked
+
     def _reply(self, deadline: float) -> tuple[bytes, list[int]]:
+        """Return the answer to the last question; those to earlier ones, which were given up, are dropped."""
         while True:
             packet, fds = self._receive(deadline)
-            if not self._note(packet):
+            if self._note(packet):
+                continue
+            if len(packet) >= SEEN.size and SEEN.unpack_from(packet)[1] == self._asked:
                 return packet, fds
+            _drop(packet, fds)
 
     def _note(self, packet: bytes) -> bool:
         if len(packet) != EXITED.size or packet[:1] != b"X":
@@ -230,6 +248,15 @@ class Zygote:
     def _last_words(self) -> str | None:
         lines = os.pread(self._errors, 65536, 0).decode("utf-8", "replace").strip().splitlines()
         return lines[-1] if lines else None
+
+
+def _drop(packet: bytes, fds: list[int]) -> None:
+    """Close what came with an answer that is not used; a worker that nobody will ever speak to is ended."""
+    for fd in fds:
+        if packet[:1] == b"P":
+            with contextlib.suppress(OSError):
+                signal.pidfd_send_signal(fd, signal.SIGKILL)
+        os.close(fd)
 
 
 def _socket_pair() -> tuple[socket.socket, socket.socket]:

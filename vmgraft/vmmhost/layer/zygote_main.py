@@ -1,7 +1,8 @@
 """The zygote process: loads the engine once, forks workers on request, reaps them. It never sees a module.
 
-Control packets: ``S`` + memory MiB with a worker's socket → ``P`` + PID + namespaces with the pidfd, or ``E`` + errno;
-``L`` + PID + inodes of its windows → ``V`` + what is seen of that worker (`sight`);
+Control packets: ``S`` + number + memory MiB with a worker's socket → ``P`` + number + PID + namespaces with the pidfd,
+or ``E`` + number + errno; ``L`` + number + PID + inodes of its windows → ``V`` + number + what is seen of that worker
+(`sight`): each answer has the number of its question, so that a late one is not taken for the next one's;
 ``X`` + PID + wait status whenever a worker has ended; ``H`` + fast at the start.
 """
 
@@ -22,11 +23,11 @@ from vmgraft.vmmhost.layer.sight import MAX_INODES, Sight, look, unpack_inodes
 from vmgraft.vmmhost.layer.syscalls import PR_SET_DUMPABLE, PR_SET_NO_NEW_PRIVS, PR_SET_PDEATHSIG, prctl
 
 HELLO: Final = struct.Struct("<cB")
-SPAWN: Final = struct.Struct("<cI")
-LOOK: Final = struct.Struct("<ciB")
-SEEN: Final = b"V"
-SPAWNED: Final = struct.Struct("<ciI")
-FAILED: Final = struct.Struct("<ci")
+SPAWN: Final = struct.Struct("<cII")
+LOOK: Final = struct.Struct("<cIiB")
+SEEN: Final = struct.Struct("<cI")
+SPAWNED: Final = struct.Struct("<cIiI")
+FAILED: Final = struct.Struct("<cIi")
 EXITED: Final = struct.Struct("<cii")
 CONTROL_BYTES: Final = 64 + 8 * MAX_INODES
 
@@ -84,24 +85,24 @@ class _Zygote:
     def _request(self) -> bool:
         packet, fds, _flags, _address = socket.recv_fds(self.control, CONTROL_BYTES, 1)
         if len(packet) >= LOOK.size and packet[:1] == b"L" and not fds:
-            _letter, pid, count = LOOK.unpack_from(packet)
+            _letter, number, pid, count = LOOK.unpack_from(packet)
             windows = unpack_inodes(packet[LOOK.size :])
             known = pid in self.children.values() and count == len(windows)
             sight = look(pid, windows) if known else Sight()
-            self.control.send(SEEN + sight.pack())
+            self.control.send(SEEN.pack(b"V", number) + sight.pack())
             return True
         if len(packet) != SPAWN.size or packet[:1] != b"S" or len(fds) != 1:
             return False
-        _letter, memory_mib = SPAWN.unpack(packet)
-        self._spawn(fds[0], memory_mib)
+        _letter, number, memory_mib = SPAWN.unpack(packet)
+        self._spawn(number, fds[0], memory_mib)
         return True
 
-    def _spawn(self, worker_socket: int, memory_mib: int) -> None:
+    def _spawn(self, number: int, worker_socket: int, memory_mib: int) -> None:
         try:
             child, namespaces = clone_worker(self.namespaces)
         except OSError as error:
             os.close(worker_socket)
-            self.control.send(FAILED.pack(b"E", error.errno or 0))
+            self.control.send(FAILED.pack(b"E", number, error.errno or 0))
             return
         if child is None:
             from vmgraft.vmmhost.layer.worker import run_worker
@@ -109,7 +110,7 @@ class _Zygote:
             run_worker(worker_socket, memory_mib, namespaces, fast=self.fast)
         os.close(worker_socket)
         self.children[child.pidfd] = child.pid
-        socket.send_fds(self.control, [SPAWNED.pack(b"P", child.pid, namespaces)], [child.pidfd])
+        socket.send_fds(self.control, [SPAWNED.pack(b"P", number, child.pid, namespaces)], [child.pidfd])
 
     def _reap(self, pidfd: int) -> None:
         pid = self.children.pop(pidfd)

@@ -42,7 +42,7 @@ def check_options(options: RunOptions) -> None:
     given = {
         "--keys": bool(options.keys), "--control": options.control is not None,
         "--record": options.record is not None, "--replay": options.replay is not None,
-        "--firmware": options.firmware not in ("trap", "seabios"), "trace": options.trace,
+        "--firmware": options.firmware != "trap", "--pin": options.pin is not None, "trace": options.trace,
     }  # fmt: skip
     for name, there in given.items():
         if there:

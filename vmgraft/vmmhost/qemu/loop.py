@@ -147,7 +147,8 @@ class Loop:
             data = event.get("data")
             if event["event"] == "SHUTDOWN":
                 why = data.get("reason") if isinstance(data, dict) else None
-                self.stop(EndReason.RESET if why == "guest-reset" else EndReason.SHUTDOWN)
+                reason = EndReason.RESET if why == "guest-reset" else EndReason.SHUTDOWN
+                self.stop(reason, f"QEMU says {why}" if isinstance(why, str) else "QEMU says no reason")
             elif event["event"] == "GUEST_PANICKED":
                 self.stop(EndReason.HALT, "the guest says that it panicked")
 
@@ -167,10 +168,10 @@ class Loop:
             self.stop(EndReason.DISK if wrong else EndReason.ERROR, failure.message)
         if guest.serial.seen or self.until_seen:
             self.until_seen = True
-            self.stop(EndReason.UNTIL)
+            self.stop(EndReason.UNTIL, "on the serial port" if guest.serial.seen else "on the screen")
         if self._console is not None and self._console.escaped:
             self.stop(EndReason.INTERRUPTED, "the escape key of the console")
         if self.time_left() <= 0:
-            self.stop(EndReason.TIMEOUT)
+            self.stop(EndReason.TIMEOUT, f"after {self._timeout:g} s")
         if self.reason is None and (status := guest.process.wait(0)) is not None:
             self.stop(EndReason.ERROR, f"QEMU ended with {status}: {guest.process.complaint()}")

@@ -48,6 +48,8 @@ _BOUND: Final = (
     "contentTree", "virtualSize", "statementSha256", "memoryMiB", "boot", "firmware", "firmwareSha256",
     "videoBiosSha256", "direct", "union", "supplements",
 )  # fmt: skip
+#: What is compared before all else.
+_FIRST: Final = {"contentTree": 0, "extensions": 1}
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,7 +169,8 @@ def _header(raw: bytes, path: Path) -> tuple[str, str, dict[str, Any]]:
 
 
 def _compare(kept: dict[str, Any], now: dict[str, Any], path: Path) -> None:
-    for name, value in now.items():
+    # What other extensions bring with them, a statement and supplements, is not what differs in the first place.
+    for name, value in sorted(now.items(), key=lambda item: _FIRST.get(item[0], len(_FIRST))):
         if name not in kept or kept[name] != value:
             words = "other extensions, or with other rights" if name == "extensions" else f"another run: {name} differs"
             hint = "restore it with the image and the options that it was taken with"

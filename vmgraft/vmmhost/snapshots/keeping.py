@@ -45,10 +45,13 @@ class Keeping:
             HostError: the guest cannot be kept now.
         """
         self._check()
-        later, own = Later(), os.dup(fd)
+        own = os.dup(fd)
         self._open.add(own)
+        later = Later(dropped=lambda: self._close(own))
 
         def act() -> None:
+            if later.given_up:
+                return
             try:
                 later.outcome = self._keep(plan, own)
             except VmgraftError as error:

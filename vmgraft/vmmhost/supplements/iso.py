@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import IO, TYPE_CHECKING, Any, Final
 
-from vmgraft.errors import FileError, UsageError
+from vmgraft.errors import FileError, HostError, UsageError
 from vmgraft.imagefmt.blob import SMALL, Blob, BytesBlob, file_blob
 from vmgraft.vmmhost.supplements.media import CD_SECTOR, Bytes
 from vmgraft.vmmhost.supplements.names import VolumeName, volume_names
@@ -72,10 +72,15 @@ def build_volume(label: str, tree: Tree, *, created: datetime) -> Blob:
         UsageError: more or larger files than a volume has room for, a path that is a file and a folder, or a label that
             is none.
         FileError: a file cannot be read, or the volume not be written.
+        HostError: the package that makes volumes is missing.
         VmgraftError: what reading a file raises.
     """
-    from pycdlib import PyCdlib
-    from pycdlib.pycdlibexception import PyCdlibException
+    try:
+        from pycdlib import PyCdlib
+        from pycdlib.pycdlibexception import PyCdlibException
+    except ImportError as error:
+        hint = "pip install pycdlib, or run --without-supplements; `vmgraft doctor` shows what is missing"
+        raise HostError(f"a volume cannot be made without the package pycdlib: {error}", hint=hint) from error
 
     if not 1 <= len(label) <= MAX_LABEL or any(char not in "ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_" for char in label):
         raise UsageError(f"{label!r} is no volume label", field="label", hint="1 to 16 of A-Z, 0-9 and _")

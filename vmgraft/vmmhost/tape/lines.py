@@ -47,10 +47,12 @@ def binding(plan: LaunchPlan, options: RunOptions) -> dict[str, Any]:
     """Return what a recording is bound to: content, statement, modules, and whatever shapes the machine."""
     shown = plan.to_dict()
     names = (
-        "contentTree", "statementSha256", "memoryMiB", "boot", "firmware", "firmwareSha256", "direct", "supplements",
+        "statementSha256", "memoryMiB", "boot", "firmware", "firmwareSha256", "direct", "supplements",
     )  # fmt: skip
     modules = {item["id"]: item["moduleSha256"] for item in shown["extensions"]}
-    return {**{name: shown[name] for name in names}, "modules": modules, "keys": options.keys}
+    # In the order in which they are compared: other extensions come with another statement and other supplements.
+    first = {"contentTree": shown["contentTree"], "modules": modules}
+    return {**first, **{name: shown[name] for name in names}, "keys": options.keys}
 
 
 def event_line(event: Event) -> bytes:

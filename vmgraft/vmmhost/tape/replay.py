@@ -109,8 +109,9 @@ class Replayer:
         recorded, now = header.get("binding"), binding(plan, options)
         for name, value in now.items():
             if not isinstance(recorded, dict) or recorded.get(name) != value:
-                message = f"the recording is of another run: {name} differs"
-                raise UsageError(message, file=self._path, field=name, hint="replay the image and options recorded")
+                words = "of other extensions" if name == "modules" else f"of another run: {name} differs"
+                hint = "replay the image and options recorded"
+                raise UsageError(f"the recording is {words}", file=self._path, field=name, hint=hint)
 
     def _read(self, limit: int) -> bytes:
         try:
@@ -192,6 +193,8 @@ class ReplayZygote(Zygote):
     Args:
         replayer: The recording.
     """
+
+    replayed = True
 
     def __init__(self, replayer: Replayer) -> None:
         self._replayer = replayer
