@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Final
 
 from vmgraft.errors import FileError, UsageError
+from vmgraft.signing.barekey import BareKey
 from vmgraft.signing.dsse import MAX_SIGNATURE_BYTES
 from vmgraft.signing.keyfiles import PASSPHRASE_VARIABLE, load_public
 from vmgraft.signing.keyuri import absolute_path, decode_text, split_uri
@@ -36,7 +37,7 @@ _CHUNK: Final = 1 << 16
 
 
 @dataclass(frozen=True, slots=True)
-class ProgramSigner:
+class ProgramSigner(BareKey):
     """A program that signs.
 
     Attributes:
@@ -48,16 +49,6 @@ class ProgramSigner:
     public: PublicKey
     program: Path
     timeout: int = DEFAULT_TIMEOUT
-
-    @property
-    def keyid(self) -> str:
-        """The keyid of the public half."""
-        return self.public.keyid
-
-    @property
-    def certificates(self) -> tuple[bytes, ...]:
-        """None: they come from a file."""
-        return ()
 
     def sign(self, message: bytes) -> bytes:
         """Run the program once.

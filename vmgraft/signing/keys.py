@@ -24,6 +24,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, padding, rsa
 
 from vmgraft.errors import BadSignatureError, FileError, UnsupportedError, UsageError, VmgraftError
+from vmgraft.signing.barekey import BareKey
 from vmgraft.signing.pkcs8 import costly, encrypt_pkcs8
 from vmgraft.words import counted
 
@@ -163,21 +164,11 @@ def _ecdsa(curve: ec.EllipticCurve) -> ec.ECDSA:
 
 
 @dataclass(frozen=True, slots=True)
-class PrivateKey:
+class PrivateKey(BareKey):
     """A private key and its public half."""
 
     public: PublicKey
     _key: _Private = field(repr=False)
-
-    @property
-    def keyid(self) -> str:
-        """The keyid of the public half."""
-        return self.public.keyid
-
-    @property
-    def certificates(self) -> tuple[bytes, ...]:
-        """None: a bare key."""
-        return ()
 
     def sign(self, message: bytes) -> bytes:
         """Sign a message and check the signature before handing it out.

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final, Protocol, cast
 
 from vmgraft.errors import FileError, UnsupportedError, UsageError, VmgraftError
+from vmgraft.signing.barekey import BareKey
 from vmgraft.signing.dsse import MAX_SIGNATURE_BYTES
 from vmgraft.signing.keyfiles import load_public
 from vmgraft.signing.keyuri import absolute_path, split_uri
@@ -75,7 +76,7 @@ class _Remote(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class ServiceSigner:
+class ServiceSigner(BareKey):
     """A key in a key management service.
 
     Attributes:
@@ -86,16 +87,6 @@ class ServiceSigner:
     public: PublicKey
     name: str
     _remote: _Remote = field(repr=False)
-
-    @property
-    def keyid(self) -> str:
-        """The keyid of the public half."""
-        return self.public.keyid
-
-    @property
-    def certificates(self) -> tuple[bytes, ...]:
-        """None: they come from a file."""
-        return ()
 
     def sign(self, message: bytes) -> bytes:
         """Have the service sign.

@@ -25,6 +25,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any, Final
 
 from vmgraft.errors import FileError, UnsupportedError, UsageError, VmgraftError
+from vmgraft.signing.barekey import BareKey
 from vmgraft.signing.keyfiles import PASSPHRASE_VARIABLE, PassphraseSource, key_path, load_public
 from vmgraft.signing.keyuri import absolute_path, decode_bytes, read_attributes, split_uri
 
@@ -59,7 +60,7 @@ class _Uri:
 
 
 @dataclass(frozen=True, slots=True)
-class TokenSigner:
+class TokenSigner(BareKey):
     """A key in a token.
 
     Attributes:
@@ -69,16 +70,6 @@ class TokenSigner:
     public: PublicKey
     _uri: _Uri = field(repr=False)
     _pin: str = field(repr=False)
-
-    @property
-    def keyid(self) -> str:
-        """The keyid of the public half."""
-        return self.public.keyid
-
-    @property
-    def certificates(self) -> tuple[bytes, ...]:
-        """None: they come from a file."""
-        return ()
 
     def sign(self, message: bytes) -> bytes:
         """Have the token sign.
